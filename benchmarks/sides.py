@@ -1,0 +1,233 @@
+"""The two sides of a comparison: `ftlaunch` and the HF Trainer, each run as its own process.
+
+Knows how to give both the same work and how to read what they did in the same terms; nothing of
+what is compared or how often.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Padding = Literal["dynamic", "max_length"]
+Side = Literal["ours", "peer"]
+
+_PEER_SCRIPT = Path(__file__).parent / "peers" / "hf_trainer.py"
+_TAIL_CHARACTERS = 4000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a side is asked to do.
+
+    data             a folder with train.jsonl and test.jsonl
+    precision        None: the side's own choice (ours only; the peer has fp32)
+    micro_batch      at most so many rows at a time on a rank; None: the side's own choice
+                     (the peer: the global batch over the ranks, without accumulation)
+    threads          per rank; None: the side's own choice (the peer: the cores over the ranks)
+    warmup_steps     optimizer steps at the start that are not measured
+    padding          of the peer; ours pads each micro-batch to its longest row
+    """
+
+    model: Path
+    data: Path
+    text_columns: tuple[str, ...]
+    max_length: int
+    ranks: int
+    learning_rate: float = 5e-5
+    global_batch: int = 32
+    micro_batch: int | None = None
+    precision: Literal["fp32", "bf16"] | None = None
+    threads: int | None = None
+    seed: int = 1
+    epochs: float = 3.0
+    max_steps: int | None = None
+    warmup_steps: int = 0
+    padding: Padding = "dynamic"
+    evaluate: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What one run of one side did; the rates are those of `steps` alone.
+
+    steps            optimizer steps after the warm-up
+    train_seconds    of those steps
+    padding_share    of the tokens that the model was fed
+    wall_seconds     of the whole command, with imports, tokenizing, evaluation and saving
+    details          what the side itself reports, for the reader of the JSON
+    """
+
+    steps: int
+    train_seconds: float
+    samples_per_second: float
+    tokens_per_second: float
+    padding_share: float
+    wall_seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_peer(work: Work, folder: Path) -> Measurement:
+    """`folder` takes the files of this run; its parent keeps the peer's tokens between runs."""
+    out = folder / "peer.json"
+    environment = {"HF_DATASETS_CACHE": str(folder.parent / "peer_datasets_cache")}
+    wall_seconds = _run(
+        _peer_command(work, out), folder, environment | _thread_limit(_peer_threads(work))
+    )
+    report = json.loads(out.read_text())
+    return Measurement(
+        steps=report["steps"],
+        train_seconds=report["train_seconds"],
+        samples_per_second=report["samples_per_second"],
+        tokens_per_second=report["tokens_per_second"],
+        padding_share=1 - report["tokens"] / report["padded_tokens"],
+        wall_seconds=wall_seconds,
+        metrics=report["eval"],
+        details=report,
+    )
+
+
+def run_ours(work: Work, folder: Path) -> Measurement:
+    """`folder` takes the files of this run; its parent keeps our tokens between runs.
+
+    The output folder (weights, checkpoints) is removed once it is read.
+    """
+    out = folder / "out"
+    command = _our_command(work, out, cache=folder.parent / "our_token_cache")
+    wall_seconds = _run(command, folder, _thread_limit(work.threads))
+    totals, events = _read_lines(out / "totals.jsonl"), _read_lines(out / "events.jsonl")
+    summary = json.loads((out / "summary.json").read_text())
+    shutil.rmtree(out)
+    beside = _seconds_beside_steps(totals, events)
+    done = _since(totals, work.warmup_steps)
+    # The peer's clock runs on between two steps, ours stops: its share is added.
+    seconds = done["seconds"] + beside * done["step"] / len(totals)
+    return Measurement(
+        steps=int(done["step"]),
+        train_seconds=seconds,
+        samples_per_second=done["samples"] / seconds,
+        tokens_per_second=done["tokens"] / seconds,
+        padding_share=1 - done["tokens"] / done["padded_tokens"],
+        wall_seconds=wall_seconds,
+        metrics=summary["eval"],
+        details={**summary, "seconds_beside_steps": beside},
+    )
+
+
+def data_seconds(measurement: Measurement) -> float:
+    """How long our side took to have its tokens ready."""
+    return float(measurement.details["data_seconds"])
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _since(totals: Sequence[Mapping[str, Any]], warmup_steps: int) -> dict[str, float]:
+    """What was done after the warm-up. `totals`: a line per step, of running sums."""
+    if len(totals) <= warmup_steps:
+        raise SystemExit(f"{len(totals)} steps, {warmup_steps} of them warm-up: none to measure.")
+    keys = ("step", "samples", "tokens", "padded_tokens", "seconds")
+    before = totals[warmup_steps - 1] if warmup_steps else dict.fromkeys(keys, 0)
+    return {key: totals[-1][key] - before[key] for key in keys}
+
+
+def _seconds_beside_steps(
+    totals: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
+) -> float:
+    """What the training loop spent neither in steps nor in saving nor in evaluation."""
+    loop = sum(event["train_seconds"] for event in events if event["kind"] == "finished")
+    known = sum(event["seconds"] for event in events if event["kind"] in ("saved", "evaluated"))
+    return float(loop - known - totals[-1]["seconds"])
+
+
+def _peer_threads(work: Work) -> int:
+    return work.threads or max(1, len(os.sched_getaffinity(0)) // work.ranks)
+
+
+def _peer_command(work: Work, out: Path) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={work.ranks}"]
+    micro_batch = work.micro_batch or work.global_batch // work.ranks
+    command = [
+        sys.executable,
+        *(launcher if work.ranks > 1 else []),
+        str(_PEER_SCRIPT),
+        f"--model={work.model}",
+        f"--train={work.data / 'train.jsonl'}",
+        f"--text-columns={','.join(work.text_columns)}",
+        f"--max-length={work.max_length}",
+        f"--padding={work.padding}",
+        f"--per-device-batch={micro_batch}",
+        f"--accumulation={work.global_batch // (work.ranks * micro_batch)}",
+        f"--learning-rate={work.learning_rate}",
+        f"--epochs={work.epochs}",
+        f"--warmup-steps={work.warmup_steps}",
+        f"--precision={work.precision or 'fp32'}",
+        f"--seed={work.seed}",
+        f"--threads={_peer_threads(work)}",
+        f"--started-at={time.time()}",
+        f"--out={out}",
+    ]
+    if work.max_steps is not None:
+        command.append(f"--max-steps={work.max_steps}")
+    if work.evaluate:
+        command.append(f"--eval={work.data / 'test.jsonl'}")
+    return command
+
+
+def _our_command(work: Work, out: Path, *, cache: Path) -> list[str]:
+    command = [sys.executable, "-m", "ftlaunch.launcher"]
+    command += ["--nodes", str(work.ranks), "--model", str(work.model)]
+    command += ["--dataset", str(work.data), "-o", str(out)]
+    if work.precision is not None:
+        command += ["--precision", work.precision]
+    settings: dict[str, object] = {
+        "data.max_length": work.max_length,
+        "data.cache_dir": cache,
+        "train.global_batch_size": work.global_batch,
+        "train.learning_rate": work.learning_rate,
+        "train.seed": work.seed,
+        "train.num_train_epochs": work.epochs,
+    }
+    if work.max_steps is not None:
+        settings["train.max_steps"] = work.max_steps
+    if work.micro_batch is not None:
+        settings["train.per_device_train_batch_size"] = work.micro_batch
+    if not work.evaluate:
+        settings["train.eval_strategy"] = "no"
+    return command + [f"{key}={value}" for key, value in settings.items()]
+
+
+def _thread_limit(threads: int | None) -> dict[str, str]:
+    return {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+
+
+def _run(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> float:
+    """Run it in `folder`, which is made; its wall seconds. SystemExit with its last words."""
+    folder.mkdir(parents=True)
+    log = folder / "log.txt"
+    started = time.perf_counter()
+    with log.open("wb") as stream:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    seconds = time.perf_counter() - started
+    if done.returncode != 0:
+        tail = log.read_text(errors="replace")[-_TAIL_CHARACTERS:]
+        raise SystemExit(f"{tail}\nexit status {done.returncode} from: {' '.join(command)}")
+    return seconds

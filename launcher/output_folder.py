@@ -1,0 +1,123 @@
+"""The output folder: whose it is, that one job at a time uses it, and what may be deleted in it."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from ftlaunch.cluster.errors import UserError
+
+# What a run writes, and all that --overwrite deletes.
+OWN_NAMES = (
+    "plan.json",
+    "metrics.jsonl",
+    "events.jsonl",
+    "totals.jsonl",
+    "summary.json",
+    "report.html",
+    "predictions.jsonl",
+    "logs",
+    "checkpoints",
+    "model",
+    "tensorboard",
+)
+_OWNER = ".ftlaunch-owner"
+# Marks the folder as ours: what carries such a name elsewhere is not touched.
+_MARK = ".ftlaunch"
+
+
+class OutputFolder:
+    """A context manager that owns the folder while a job runs in it."""
+
+    def __init__(self, path: Path, *, overwrite: bool) -> None:
+        self.path = path
+        self._overwrite = overwrite
+        self._owner: IO[str] | None = None
+
+    def __enter__(self) -> OutputFolder:
+        """UserError when it cannot be used; nothing is deleted before it is ours."""
+        try:
+            self._prepare()
+            self._own()
+        except OSError as error:
+            raise UserError(
+                f"the output folder {self.path} cannot be used: {error.strerror or error}. Choose "
+                "another with --output-dir."
+            ) from None
+        if self._overwrite:
+            self._clear()
+        (self.path / _MARK).touch()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._owner is not None:
+            # Unlink before unlocking: whoever waits for the lock sees that the file is gone.
+            (self.path / _OWNER).unlink(missing_ok=True)
+            self._owner.close()
+
+    def _prepare(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(
+                f"the output folder {self.path} is a file. Choose another with --output-dir."
+            )
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        foreign = [name for name in OWN_NAMES if (self.path / name).exists()]
+        if foreign and not (self.path / _MARK).exists():
+            raise UserError(
+                f"the output folder {self.path} holds {', '.join(foreign)}, which ftlaunch did not "
+                "write there. Nothing is overwritten: choose another folder with --output-dir."
+            )
+
+    def _own(self) -> None:
+        """Take the owner file: a lock that dies with us, and text that says who has it."""
+        path = self.path / _OWNER
+        owner = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
+        try:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            who = _describe(owner.read(4096))
+            owner.close()
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise UserError(
+                f"the output folder {self.path} is in use by another job ({who}). Wait for it, "
+                "stop it, or choose another folder with --output-dir."
+            ) from None
+        if not path.exists() or path.stat().st_ino != os.fstat(owner.fileno()).st_ino:
+            owner.close()
+            self._own()  # its last owner removed it between our open and our lock
+            return
+        owner.truncate(0)
+        started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started": started}, owner)
+        owner.flush()
+        self._owner = owner
+
+    def _clear(self) -> None:
+        for name in OWN_NAMES:
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _describe(text: str) -> str:
+    try:
+        raw = json.loads(text)
+        return f"process {raw['pid']} on {raw['host']}, since {raw['started']}"
+    except (ValueError, KeyError, TypeError):
+        return "its owner file cannot be read"

@@ -1,0 +1,309 @@
+"""What will happen and why: a pure function of what was asked for and what the machines are.
+
+`plan.json` is the only thing that a worker reads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ftlaunch.cluster.errors import UserError
+from ftlaunch.cluster.machine import Machine, check_framework
+from ftlaunch.launcher.config import ClusterOptions, RunConfig
+from ftlaunch.strategies.data.tasks import load_task
+from ftlaunch.strategies.options import JobOptions, Precision
+from ftlaunch.strategies.registry import STRATEGIES, entry
+
+# Upper bounds of a micro-batch that nobody chose. Small ones pad less, because a global batch is
+# sorted by length before it is cut; an accelerator needs larger ones to be busy.
+_MICRO_BATCH = {"cpu": 8, "cuda": 32, "ascend": 32}
+_EVAL_FACTOR = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """One decision: what was chosen, and why, in words for the user."""
+
+    choice: str
+    value: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostPlan:
+    """One node's part. `assumed`: nobody asked that host; it is taken to be like this one.
+
+    visible   the accelerators this node's ranks see, as CUDA_VISIBLE_DEVICES; None leaves it alone
+    """
+
+    name: str
+    accelerator: str
+    device_name: str
+    num_devices: int
+    assumed: bool
+    visible: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchPlan:
+    """Everything that is decided before a rank starts."""
+
+    mode: Literal["train", "eval"]
+    output_dir: str
+    options: JobOptions
+    cluster: ClusterOptions
+    strategy: str
+    precision: Precision
+    accelerator: str
+    num_nodes: int
+    world_size: int
+    global_batch_size: int
+    micro_batch: int
+    eval_micro_batch: int
+    accumulation: int
+    threads_per_rank: int
+    hosts: tuple[HostPlan, ...]
+    reasons: tuple[Reason, ...]
+
+    def to_json(self) -> Any:
+        import pydantic
+
+        return pydantic.TypeAdapter(LaunchPlan).dump_python(self, mode="json")
+
+    @classmethod
+    def read(cls, path: Path) -> LaunchPlan:
+        """UserError when the file is not a plan."""
+        import pydantic
+
+        try:
+            raw = json.loads(path.read_bytes())
+            return pydantic.TypeAdapter(LaunchPlan).validate_python(raw)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is not a plan of this ftlaunch: {error}") from None
+
+    def describe(self) -> list[str]:
+        """The plan as lines for the terminal."""
+        lines = [
+            f"{host.name}: {host.num_devices} × {host.device_name}"
+            + ("  (assumed to be like this machine)" if host.assumed else "")
+            for host in self.hosts
+        ]
+        width = max(len(reason.choice) for reason in self.reasons)
+        value_width = min(24, max(len(reason.value) for reason in self.reasons))
+        lines += [
+            f"{reason.choice:<{width}}  {reason.value:<{value_width}}  {reason.why}"
+            for reason in self.reasons
+        ]
+        return lines
+
+
+def make_plan(
+    config: RunConfig,
+    machines: Sequence[Machine],
+    *,
+    output_dir: str,
+    mode: Literal["train", "eval"] = "train",
+    assumed: bool = False,
+) -> LaunchPlan:
+    """Decide everything. Pure: the same arguments give the same plan.
+
+    machines   one for each node; on one machine that plays several nodes the same one repeated
+    assumed    the machines after the first were not asked
+    UserError when what was asked for cannot be done.
+    """
+    reasons: list[Reason] = []
+    load_task(config.task)
+    for machine in machines:
+        check_framework(machine)
+    accelerator = _one_accelerator(machines)
+    kind = _cluster_kind(config, reasons)
+    devices = _devices(config.cluster, machines, accelerator, reasons)
+    num_nodes = config.cluster.nodes
+    world_size = num_nodes * devices
+    strategy = _strategy(config, accelerator, reasons)
+    precision = _precision(config, machines, accelerator, reasons)
+    _batch_fits(config, world_size, mode)
+    micro_batch, accumulation = _micro_batch(config, world_size, accelerator, reasons)
+    threads = _threads(machines[0], world_size, reasons)
+    shared = kind == "local" and accelerator == "cuda" and num_nodes > 1
+    return LaunchPlan(
+        mode=mode,
+        output_dir=output_dir,
+        options=config.job_options(),
+        cluster=config.cluster,
+        strategy=strategy,
+        precision=precision,
+        accelerator=accelerator,
+        num_nodes=num_nodes,
+        world_size=world_size,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch=micro_batch,
+        eval_micro_batch=config.train.per_device_eval_batch_size or _EVAL_FACTOR * micro_batch,
+        accumulation=accumulation,
+        threads_per_rank=threads,
+        hosts=tuple(
+            HostPlan(
+                name=f"node{number}",
+                accelerator=machine.accelerator,
+                device_name=machine.device_name,
+                num_devices=devices,
+                assumed=assumed and number > 0,
+                visible=_slice(number, devices) if shared else None,
+            )
+            for number, machine in enumerate(machines)
+        ),
+        reasons=tuple(reasons),
+    )
+
+
+def _one_accelerator(machines: Sequence[Machine]) -> str:
+    kinds = {machine.accelerator for machine in machines}
+    if len(kinds) > 1:
+        table = ", ".join(f"{machine.hostname}: {machine.accelerator}" for machine in machines)
+        raise UserError(
+            f"the nodes have different accelerators ({table}). One job runs on one kind: choose "
+            "hosts that are alike."
+        )
+    return kinds.pop()
+
+
+def _cluster_kind(config: RunConfig, reasons: list[Reason]) -> str:
+    kind = config.cluster.kind
+    if kind in ("ssh", "slurm") or config.cluster.hostfile is not None:
+        wanted = kind if kind != "auto" else "--hostfile"
+        raise UserError(
+            f"{wanted}: this version of ftlaunch runs jobs on this machine only. Leave out "
+            "--hostfile and use --cluster local; --nodes N then plays N nodes as processes here."
+        )
+    nodes = config.cluster.nodes
+    why = "one node" if nodes == 1 else f"{nodes} nodes, played by processes of this machine"
+    reasons.append(Reason(choice="cluster", value="local", why=why))
+    return "local"
+
+
+def _devices(
+    cluster: ClusterOptions, machines: Sequence[Machine], accelerator: str, reasons: list[Reason]
+) -> int:
+    """Ranks on each node."""
+    if accelerator == "cpu":
+        devices = cluster.devices or 1
+        ranks, cores = cluster.nodes * devices, machines[0].cpu_cores
+        why = "one rank a node on CPUs" if cluster.devices is None else "as asked for"
+        if ranks > cores:
+            why += f"; {ranks} ranks share {cores} cores"
+        reasons.append(Reason(choice="devices", value=str(devices), why=why))
+        return devices
+    # Nodes that are played on one machine share its accelerators: NCCL takes one rank for each.
+    available = machines[0].num_devices
+    share = available // cluster.nodes
+    name = machines[0].device_name
+    if share == 0:
+        raise UserError(
+            f"{cluster.nodes} nodes on this machine would share {available} × {name}: every rank "
+            f"needs one of its own. Use --nodes {available} or fewer, or set "
+            "CUDA_VISIBLE_DEVICES= to run on the CPU."
+        )
+    if cluster.devices is not None and cluster.devices > share:
+        raise UserError(
+            f"--devices {cluster.devices} on each of {cluster.nodes} nodes needs "
+            f"{cluster.devices * cluster.nodes} accelerators; this machine has {available} × {name}. "
+            f"Use --devices {share} or fewer."
+        )
+    devices = cluster.devices or share
+    why = (
+        "as asked for" if cluster.devices else f"{available} × {name} among {cluster.nodes} node(s)"
+    )
+    reasons.append(Reason(choice="devices", value=str(devices), why=why))
+    return devices
+
+
+def _slice(node: int, devices: int) -> str:
+    return ",".join(str(number) for number in range(node * devices, (node + 1) * devices))
+
+
+def _strategy(config: RunConfig, accelerator: str, reasons: list[Reason]) -> str:
+    if config.strategy != "auto":
+        if accelerator not in entry(config.strategy).accelerators:
+            raise UserError(
+                f"--strategy {config.strategy} does not run on {accelerator}: it runs on "
+                f"{', '.join(entry(config.strategy).accelerators)}. Leave --strategy out."
+            )
+        reasons.append(Reason(choice="strategy", value=config.strategy, why="as asked for"))
+        return config.strategy
+    fitting = [name for name, each in STRATEGIES.items() if accelerator in each.accelerators]
+    if not fitting:
+        raise UserError(
+            f"no strategy of this version runs on {accelerator}. It has: {', '.join(STRATEGIES)}, "
+            "for CPUs and CUDA GPUs."
+        )
+    why = "every rank holds the whole model; gradients are averaged once an optimizer step"
+    reasons.append(Reason(choice="strategy", value=fitting[0], why=why))
+    return fitting[0]
+
+
+def _precision(
+    config: RunConfig, machines: Sequence[Machine], accelerator: str, reasons: list[Reason]
+) -> Precision:
+    if config.precision != "auto":
+        reasons.append(Reason(choice="precision", value=config.precision, why="as asked for"))
+        return config.precision
+    chosen: Precision
+    if all(machine.fast_bf16 for machine in machines):
+        chosen, why = "bf16", f"{machines[0].device_name} computes bf16 fast; weights stay fp32"
+    elif accelerator == "cuda":
+        chosen, why = "fp16", f"{machines[0].device_name} has no fast bf16; weights stay fp32"
+    else:
+        chosen, why = "fp32", f"{machines[0].device_name} has no fast bf16"
+    reasons.append(Reason(choice="precision", value=chosen, why=why))
+    return chosen
+
+
+def _batch_fits(config: RunConfig, world_size: int, mode: str) -> None:
+    size = config.train.global_batch_size
+    if mode == "train" and size < world_size:
+        raise UserError(
+            f"a global batch of {size} cannot be spread over {world_size} ranks: each needs at "
+            f"least one sample. Set train.global_batch_size to {world_size} or more, or use fewer "
+            "nodes or devices."
+        )
+
+
+def _micro_batch(
+    config: RunConfig, world_size: int, accelerator: str, reasons: list[Reason]
+) -> tuple[int, int]:
+    """(samples of a micro-batch at most, micro-batches of a rank in an optimizer step)."""
+    size = config.train.global_batch_size
+    share = math.ceil(size / world_size)
+    asked = config.train.per_device_train_batch_size
+    bound = asked or _MICRO_BATCH[accelerator]
+    accumulation = math.ceil(share / bound)
+    micro_batch = math.ceil(share / accumulation)
+    origin = "train.per_device_train_batch_size" if asked else f"the default on {accelerator}"
+    reasons.append(
+        Reason(
+            choice="micro-batch",
+            value=str(micro_batch),
+            why=f"{share} samples a rank of a global batch of {size}, at most {bound} at once "
+            f"({origin})",
+        )
+    )
+    reasons.append(
+        Reason(
+            choice="accumulation",
+            value=str(accumulation),
+            why=f"{accumulation} micro-batch(es) a rank, then one exchange of gradients",
+        )
+    )
+    return micro_batch, accumulation
+
+
+def _threads(machine: Machine, world_size: int, reasons: list[Reason]) -> int:
+    threads = max(1, machine.cpu_cores // world_size)
+    why = f"{machine.cpu_cores} cores among {world_size} rank(s) on this machine"
+    reasons.append(Reason(choice="threads", value=str(threads), why=why))
+    return threads

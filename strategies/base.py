@@ -1,0 +1,152 @@
+"""The border between the loop and the frameworks: what a strategy takes, gives and must offer.
+
+numpy is the only array library known here; torch and mindspore begin behind `Strategy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ftlaunch.cluster.world import World
+from ftlaunch.strategies.options import JobOptions, Precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One micro-batch of one rank.
+
+    inputs    the model's keyword arguments (input_ids, attention_mask, …), each (rows, length) int64
+    labels    (rows,) int64 classes, or float32 targets of a regression
+    weights   (rows,) float32 weight of each row in the loss; 0 marks filler
+    indices   (rows,) int64 sample numbers; -1 marks filler
+    seed      of the random numbers (dropout) that this micro-batch may draw
+    """
+
+    inputs: Mapping[str, NDArray[np.int64]]
+    labels: NDArray[Any]
+    weights: NDArray[np.float32]
+    indices: NDArray[np.int64]
+    seed: int
+
+    @property
+    def num_samples(self) -> int:
+        return int((self.indices >= 0).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding and without filler rows."""
+        return int(self.inputs["attention_mask"][self.indices >= 0].sum())
+
+    @property
+    def num_padded_tokens(self) -> int:
+        return int(self.inputs["input_ids"].size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategyRequest:
+    """What a strategy is created from.
+
+    accelerator   "cpu" or "cuda"
+    listen_fd     on rank 0 of several: the rendezvous socket, bound and listening, to be inherited
+    loss          "cross_entropy" or "mse"
+    label_names   in the order of their ids; empty for regression
+    """
+
+    world: World
+    options: JobOptions
+    precision: Precision
+    accelerator: str
+    num_threads: int
+    listen_fd: int | None
+    timeout_seconds: float
+    loss: str
+    num_outputs: int
+    label_names: tuple[str, ...]
+    max_token_id: int
+    pad_token_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutcome:
+    """What one optimizer step did; equal on every rank.
+
+    loss        weighted mean over the supervised items of the global batch
+    grad_norm   global L2 norm before clipping; not finite when `applied` is False
+    culprit     the first parameter with a non-finite gradient, when `applied` is False
+    stop        some rank was asked to stop
+    """
+
+    applied: bool
+    loss: float
+    grad_norm: float
+    loss_scale: float
+    culprit: str | None
+    stop: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSlice:
+    """A run of elements of one tensor of the training state, as its owner holds it.
+
+    kind   "weight" (the fp32 master, or a buffer), "exp_avg" or "exp_avg_sq"
+    start  of `values` in the row-major flattened tensor of `shape`
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    values: NDArray[Any]
+
+
+class StateReader(Protocol):
+    """Random access to the tensors of a checkpoint, whatever ranks and strategy wrote it."""
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Elements [start, stop) of the flattened tensor. CheckpointDamaged if they are not there."""
+
+    def names(self, kind: str) -> Mapping[str, tuple[int, ...]]:
+        """Name → shape of every tensor of that kind."""
+
+
+class Strategy(Protocol):
+    """All that a framework must offer to the loop."""
+
+    world: World
+
+    def sum_across_ranks(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Collective: elementwise sum over ranks, in the dtype given (float32 or float64)."""
+
+    def accumulate(self, batch: Batch, total_items: float, *, last: bool) -> None:
+        """Collective if `last`: forward and backward of this rank's share of the global mean loss."""
+
+    def apply(self, learning_rate: float, *, stop: bool) -> StepOutcome:
+        """Collective: agree on overflow, clip, step, clear the gradients."""
+
+    def predict(self, batch: Batch) -> NDArray[np.float32]:
+        """Collective (every rank the same number of calls): logits, (rows, outputs)."""
+
+    def state_slices(self) -> Iterable[TensorSlice]:
+        """The slices of weights and optimizer moments that this rank owns; together they are whole."""
+
+    def load_state(
+        self, reader: StateReader, *, optimizer_steps: int, loss_scale: Mapping[str, float]
+    ) -> None:
+        """Collective: take weights and, if `optimizer_steps` > 0, moments from a checkpoint."""
+
+    def loss_scale_state(self) -> Mapping[str, float]:
+        """What the manifest keeps of the loss scaler."""
+
+    def save_model(self, folder: str, *, dtype: str) -> None:
+        """Collective: write config.json and safetensors weights that `from_pretrained` loads."""
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory this rank's training has held."""
+
+    def close(self) -> None:
+        """Collective, after success only: leave the process group. The process must end soon."""

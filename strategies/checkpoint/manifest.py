@@ -1,0 +1,158 @@
+"""The manifest of a checkpoint: what it belongs to, how far it got, which files it consists of.
+
+It is written last, by rename: a folder without one is no checkpoint. The tensors themselves and
+where each slice lies are in the files' own headers (`store`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlaunch.cluster.errors import FtlaunchError, UserError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+FOLDER_PREFIX = "step-"
+
+
+class CheckpointDamaged(FtlaunchError):
+    """A checkpoint cannot be used as it is; the one before it may."""
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        super().__init__(f"checkpoint {path} is damaged: {reason}")
+        self.path = Path(path)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything of a checkpoint that is not a tensor.
+
+    identity         what makes two jobs the same job (see `JobIdentity`)
+    step             optimizer steps done, skipped ones included: the data cursor
+    applied_steps    optimizer steps that changed the weights: the schedule's and AdamW's clock
+    files            name → size in bytes of every shard
+    best             {"step", "value", "metrics"} of the best evaluation so far, if there is one
+    evaluation       {"step", "metrics"} of the last evaluation
+    evaluation_due   the evaluation of this very step is still to be made
+    """
+
+    identity: Mapping[str, Any]
+    step: int
+    applied_steps: int
+    epoch: float
+    world_size: int
+    strategy: str
+    precision: str
+    loss_scale: Mapping[str, float]
+    best: Mapping[str, Any] | None
+    evaluation: Mapping[str, Any] | None
+    evaluation_due: bool
+    evaluations_without_gain: int
+    schedule: Mapping[str, Any]
+    files: Mapping[str, int]
+    format_version: int = FORMAT_VERSION
+
+
+def folder_name(step: int) -> str:
+    return f"{FOLDER_PREFIX}{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint folder's name, None for any other folder."""
+    digits = folder.name.removeprefix(FOLDER_PREFIX)
+    if folder.name.startswith(FOLDER_PREFIX) and digits.isascii() and digits.isdigit():
+        return int(digits)
+    return None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_json(folder / MANIFEST_NAME, asdict(manifest))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """CheckpointDamaged when it is not whole; UserError for another format version."""
+    path = folder / MANIFEST_NAME
+    try:
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointDamaged(folder, f"it has no {MANIFEST_NAME}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointDamaged(folder, f"{MANIFEST_NAME} cannot be read ({error})") from None
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        raise UserError(
+            f"checkpoint {folder} is of format version {version}; this ftlaunch reads and writes "
+            f"version {FORMAT_VERSION}. Continue it with the ftlaunch that wrote it, or start anew "
+            "in another output folder."
+        )
+    try:
+        manifest = Manifest(**raw)
+        _check_types(manifest)
+    except (TypeError, ValueError) as error:
+        raise CheckpointDamaged(folder, f"{MANIFEST_NAME} is malformed ({error})") from None
+    for name, size in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointDamaged(folder, f"{name} is missing")
+        if file.stat().st_size != size:
+            raise CheckpointDamaged(
+                folder, f"{name} has {file.stat().st_size} bytes where {size} were written"
+            )
+    return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    expected: dict[str, type | tuple[type, ...]] = {
+        "identity": dict,
+        "step": int,
+        "applied_steps": int,
+        "epoch": (int, float),
+        "world_size": int,
+        "strategy": str,
+        "precision": str,
+        "loss_scale": dict,
+        "best": (dict, type(None)),
+        "evaluation": (dict, type(None)),
+        "evaluation_due": bool,
+        "evaluations_without_gain": int,
+        "schedule": dict,
+        "files": dict,
+    }
+    for field, kind in expected.items():
+        if not isinstance(getattr(manifest, field), kind):
+            raise ValueError(f"{field} is {getattr(manifest, field)!r}")
+    for name in manifest.files:
+        # A manifest is untrusted: a name must not lead out of the folder.
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise ValueError(f"file name {name!r}")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write by temporary file, fsync and rename: the name holds all of it or what was there."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,138 @@
+"""The tensors of a checkpoint: each rank writes the slices it owns; any rank reads any range.
+
+A shard is one safetensors file. Each of its tensors is a one-dimensional run of elements of one
+tensor of the training state; the header's "slices" entry says of which, from where, and its CRC-32.
+Which ranks or which strategy wrote them does not matter to the reader.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ftlaunch.strategies.base import TensorSlice
+from ftlaunch.strategies.checkpoint.manifest import CheckpointDamaged, Manifest
+from ftlaunch.strategies.safetensors_file import (
+    FileDamaged,
+    SafetensorsFile,
+    open_file,
+    write_file,
+)
+
+
+def shard_name(rank: int, world_size: int) -> str:
+    return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def write_shard(path: Path, slices: Iterable[TensorSlice]) -> None:
+    """Write one rank's slices, whole or not at all. OSError passes through (disk full)."""
+    tensors: dict[str, NDArray[Any]] = {}
+    table: list[dict[str, Any]] = []
+    for piece in slices:
+        key = f"{piece.kind}/{piece.name}@{piece.start}"
+        values = np.ascontiguousarray(piece.values).reshape(-1)
+        tensors[key] = values
+        table.append(
+            {
+                "key": key,
+                "kind": piece.kind,
+                "name": piece.name,
+                "shape": list(piece.shape),
+                "start": piece.start,
+                "crc32": _checksum(values),
+            }
+        )
+    write_file(path, tensors, {"format": "ftlaunch", "slices": json.dumps(table)})
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    file: SafetensorsFile
+    key: str
+    start: int
+    stop: int
+    crc32: int
+
+
+class CheckpointReader:
+    """Random access to the tensors of a checkpoint. Implements `base.StateReader`."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        self._slices: dict[tuple[str, str], list[_Slice]] = {}
+        self._verified: set[tuple[Path, str]] = set()
+        for name in manifest.files:
+            self._index(folder / name)
+        for runs in self._slices.values():
+            runs.sort(key=lambda run: run.start)
+
+    def _index(self, path: Path) -> None:
+        try:
+            file = open_file(path)
+            for entry in json.loads(file.metadata["slices"]):
+                kind, name = str(entry["kind"]), str(entry["name"])
+                shape = tuple(int(n) for n in entry["shape"])
+                start = int(entry["start"])
+                stop = start + file.tensor(entry["key"]).size
+                if self._shapes.setdefault(kind, {}).setdefault(name, shape) != shape:
+                    raise CheckpointDamaged(self.folder, f"two shapes for {kind} of {name}")
+                run = _Slice(file, entry["key"], start, stop, int(entry["crc32"]))
+                self._slices.setdefault((kind, name), []).append(run)
+        except FileDamaged as error:
+            raise CheckpointDamaged(self.folder, str(error)) from None
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointDamaged(self.folder, f"{path.name}: {error!r}") from None
+
+    def names(self, kind: str) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes.get(kind, {})
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Elements [start, stop) of the flattened tensor, every slice's checksum verified."""
+        pieces = []
+        position = start
+        for run in self._slices.get((kind, name), []):
+            if run.stop <= position or run.start >= stop:
+                continue
+            if run.start > position:
+                break
+            until = min(stop, run.stop)
+            pieces.append(self._values(run)[position - run.start : until - run.start])
+            position = until
+        if position < stop or (start == stop and not self._slices.get((kind, name))):
+            raise CheckpointDamaged(
+                self.folder, f"elements {position} to {stop} of {kind} of {name} are not there"
+            )
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.float32)
+
+    def read_whole(self, kind: str, name: str) -> NDArray[Any]:
+        """The tensor in its own shape."""
+        shape = self.names(kind).get(name)
+        if shape is None:
+            raise CheckpointDamaged(self.folder, f"{kind} of {name} is not there")
+        return self.read(kind, name, 0, int(np.prod(shape, dtype=np.int64))).reshape(shape)
+
+    def _values(self, run: _Slice) -> NDArray[Any]:
+        values = run.file.tensor(run.key)
+        seen = (run.file.path, run.key)
+        if seen not in self._verified:
+            found = _checksum(values)
+            if found != run.crc32:
+                raise CheckpointDamaged(
+                    self.folder, f"{run.file.path.name}: the bytes of {run.key} have changed"
+                )
+            self._verified.add(seen)
+        return values
+
+
+def _checksum(values: NDArray[Any]) -> int:
+    return zlib.crc32(values.view(np.uint8).data) if values.size else 0

@@ -1,0 +1,126 @@
+"""How a global batch is divided among ranks and micro-batches, and padded into arrays.
+
+The division never changes which samples an optimizer step sees; it only decides where they are
+computed, so that little is padding and every rank carries about the same number of tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ftlaunch.strategies.base import Batch
+
+FILLER = -1
+
+
+class SampleTable(Protocol):
+    """What is read of the token cache: random access by sample number."""
+
+    def __len__(self) -> int: ...
+
+    def lengths(self, indices: NDArray[np.int64]) -> NDArray[np.int64]: ...
+
+    def labels(self, indices: NDArray[np.int64]) -> NDArray[Any]: ...
+
+    def rows(
+        self, indices: NDArray[np.int64]
+    ) -> Sequence[tuple[NDArray[Any], NDArray[Any] | None]]: ...
+
+
+def deal(
+    indices: NDArray[np.int64], lengths: NDArray[np.int64], *, world_size: int, micro_batch: int
+) -> list[list[NDArray[np.int64]]]:
+    """Divide a global batch: result[rank][i] are the samples of that rank's i-th micro-batch.
+
+    Sorted by length and cut into equal runs, so that a run pads little; runs are dealt to the
+    ranks in turn, forth and back, so that at every step the ranks work on runs of about one length
+    and carry about the same number of tokens. Every rank gets the same number of micro-batches,
+    none larger than `micro_batch`; a run may be empty where samples are too few.
+    """
+    per_rank = max(1, math.ceil(len(indices) / (world_size * micro_batch)))
+    # Longest first: memory peaks in the first micro-batch, not somewhere later. Ties by number.
+    order = np.lexsort((indices, -lengths))
+    runs = np.array_split(indices[order], per_rank * world_size)
+    dealt: list[list[NDArray[np.int64]]] = [[] for _ in range(world_size)]
+    for number, run in enumerate(runs):
+        turn, place = divmod(number, world_size)
+        dealt[place if turn % 2 == 0 else world_size - 1 - place].append(run)
+    return dealt
+
+
+def micro_batch_seed(seed: int, step: int, rank: int, number: int) -> int:
+    """Seed of one micro-batch's random numbers: no generator state has to be saved."""
+    text = f"{seed}/{step}/{rank}/{number}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collator:
+    """Turns sample numbers into a padded `Batch`.
+
+    class_weights   weight of each class in the loss, or None for 1
+    pad_to_multiple of the padded length
+    """
+
+    table: SampleTable
+    pad_token_id: int
+    class_weights: NDArray[np.float32] | None = None
+    pad_to_multiple: int = 1
+
+    def weights(self, labels: NDArray[Any]) -> NDArray[np.float32]:
+        if self.class_weights is None:
+            return np.ones(len(labels), dtype=np.float32)
+        weights: NDArray[np.float32] = self.class_weights[labels]
+        return weights
+
+    def total_items(self, indices: NDArray[np.int64]) -> float:
+        """Sum of the loss weights of these samples: what the window's loss is divided by."""
+        return float(self.weights(self.table.labels(indices)).sum(dtype=np.float64))
+
+    def batch(self, indices: NDArray[np.int64], *, seed: int) -> Batch:
+        """A batch of these samples; of one weightless sample where there are none."""
+        real = len(indices) > 0
+        taken = indices if real else np.zeros(1, dtype=np.int64)
+        rows = self.table.rows(taken)
+        longest = max(len(ids) for ids, _ in rows)
+        length = math.ceil(longest / self.pad_to_multiple) * self.pad_to_multiple
+
+        input_ids = np.full((len(rows), length), self.pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros_like(input_ids)
+        token_type_ids = np.zeros_like(input_ids)
+        for row, (ids, types) in enumerate(rows):
+            input_ids[row, : len(ids)] = ids
+            attention_mask[row, : len(ids)] = 1
+            if types is not None:
+                token_type_ids[row, : len(ids)] = types
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if rows[0][1] is not None:
+            inputs["token_type_ids"] = token_type_ids
+
+        labels = self.table.labels(taken)
+        return Batch(
+            inputs=inputs,
+            labels=labels,
+            weights=self.weights(labels) if real else np.zeros(1, dtype=np.float32),
+            indices=taken if real else np.full(1, FILLER, dtype=np.int64),
+            seed=seed,
+        )
+
+
+def evaluation_batches(
+    collator: Collator, *, rank: int, world_size: int, micro_batch: int
+) -> Iterator[Batch]:
+    """Every sample of the table exactly once over all ranks, the same number of batches on each."""
+    indices = np.arange(len(collator.table))
+    dealt = deal(
+        indices, collator.table.lengths(indices), world_size=world_size, micro_batch=micro_batch
+    )
+    for run in dealt[rank]:
+        yield collator.batch(run, seed=0)

@@ -1,0 +1,192 @@
+"""The tokens of one split as a table over memory-mapped slices. Reads them; knows no text.
+
+A split of n samples lies in files of `slice_rows(n)` samples each. Memory does not grow with n:
+the maps belong to the page cache, and only so many are open at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ftlaunch.strategies.safetensors_file import FileDamaged, SafetensorsFile, open_file
+
+# Fewer rows are not worth a file; more would make a rank hold too much while it writes one.
+_MIN_SLICE_ROWS = 512
+_MAX_SLICE_ROWS = 65_536
+_USUAL_MAX_SLICES = 64
+# Each map keeps a file descriptor.
+_MAX_OPEN_SLICES = 128
+
+
+def slice_rows(num_samples: int) -> int:
+    """Samples in each slice but the last: a function of the number of samples only."""
+    wanted = math.ceil(num_samples / _USUAL_MAX_SLICES)
+    return min(max(wanted, _MIN_SLICE_ROWS), _MAX_SLICE_ROWS)
+
+
+def num_slices(num_samples: int) -> int:
+    return math.ceil(num_samples / slice_rows(num_samples))
+
+
+def slice_path(folder: Path, split: str, number: int) -> Path:
+    return folder / f"{split}-{number:05d}.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceFacts:
+    """What a slice's header says about its rows."""
+
+    num_tokens: int
+    num_truncated: int
+    max_token_id: int
+
+    def to_metadata(self, key: str) -> dict[str, str]:
+        return {
+            "key": key,
+            "num_tokens": str(self.num_tokens),
+            "num_truncated": str(self.num_truncated),
+            "max_token_id": str(self.max_token_id),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableShape:
+    """What all slices of a split have in common."""
+
+    folder: Path
+    key: str
+    split: str
+    num_samples: int
+    num_outputs: int
+    labels_dtype: np.dtype[Any]
+    uses_token_type_ids: bool
+
+    def count(self, number: int) -> int:
+        """Rows in slice `number`."""
+        rows = slice_rows(self.num_samples)
+        return min(rows, self.num_samples - number * rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Slice:
+    input_ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    token_type_ids: NDArray[np.uint8] | None
+    labels: NDArray[Any]
+
+
+def check_slice(shape: TableShape, number: int) -> SliceFacts:
+    """Compare a slice's header with what it must hold. FileDamaged or OSError if not whole."""
+    path = slice_path(shape.folder, shape.split, number)
+    return _read_facts(open_file(path), shape, number)
+
+
+class TokenTable:
+    """Random access to token ids and labels by sample number."""
+
+    def __init__(self, shape: TableShape) -> None:
+        """FileDamaged or OSError when a slice is missing or not whole."""
+        self._shape = shape
+        self._slice_rows = slice_rows(shape.num_samples)
+        facts = [check_slice(shape, i) for i in range(num_slices(shape.num_samples))]
+        self.num_tokens = sum(f.num_tokens for f in facts)
+        self.num_truncated = sum(f.num_truncated for f in facts)
+        self.max_token_id = max(f.max_token_id for f in facts)
+        self._slice = functools.lru_cache(_MAX_OPEN_SLICES)(self._open_slice)
+
+    def __len__(self) -> int:
+        return self._shape.num_samples
+
+    def lengths(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of tokens of each sample."""
+        result = np.empty(len(indices), dtype=np.int64)
+        for piece, where, rows in self._by_slice(indices):
+            result[where] = piece.offsets[rows + 1] - piece.offsets[rows]
+        return result
+
+    def labels(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """int64 class ids, or float32 targets of a regression."""
+        result = np.empty(len(indices), dtype=self._shape.labels_dtype)
+        for piece, where, rows in self._by_slice(indices):
+            result[where] = piece.labels[rows]
+        return result
+
+    def rows(
+        self, indices: NDArray[np.int64]
+    ) -> list[tuple[NDArray[np.int32], NDArray[np.uint8] | None]]:
+        """(input_ids, token_type_ids) of each sample: read-only views of the files."""
+        result: list[Any] = [None] * len(indices)
+        for piece, where, rows in self._by_slice(indices):
+            bounds = zip(
+                piece.offsets[rows].tolist(), piece.offsets[rows + 1].tolist(), strict=True
+            )
+            for position, (begin, end) in zip(where.tolist(), bounds, strict=True):
+                types = piece.token_type_ids
+                result[position] = (
+                    piece.input_ids[begin:end],
+                    None if types is None else types[begin:end],
+                )
+        return result
+
+    def label_counts(self) -> NDArray[np.int64]:
+        """(num_outputs,) samples of each class. Classification only."""
+        assert self._shape.labels_dtype.kind == "i"
+        counts = np.zeros(self._shape.num_outputs, dtype=np.int64)
+        for number in range(num_slices(len(self))):
+            counts += np.bincount(self._slice(number).labels, minlength=len(counts))
+        return counts
+
+    def _by_slice(
+        self, indices: NDArray[np.int64]
+    ) -> Iterator[tuple[_Slice, NDArray[np.int64], NDArray[np.int64]]]:
+        """(slice, positions in `indices`, rows in the slice)."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"sample numbers must be 0 to {len(self) - 1}")
+        numbers = indices // self._slice_rows
+        for number in np.unique(numbers).tolist():
+            where = np.flatnonzero(numbers == number)
+            yield self._slice(number), where, indices[where] - number * self._slice_rows
+
+    def _open_slice(self, number: int) -> _Slice:
+        file = open_file(slice_path(self._shape.folder, self._shape.split, number))
+        _read_facts(file, self._shape, number)
+        return _Slice(
+            input_ids=file.tensor("input_ids"),
+            offsets=file.tensor("offsets"),
+            token_type_ids=(
+                file.tensor("token_type_ids") if self._shape.uses_token_type_ids else None
+            ),
+            labels=file.tensor("labels"),
+        )
+
+
+def _read_facts(file: SafetensorsFile, shape: TableShape, number: int) -> SliceFacts:
+    try:
+        facts = SliceFacts(
+            num_tokens=int(file.metadata["num_tokens"]),
+            num_truncated=int(file.metadata["num_truncated"]),
+            max_token_id=int(file.metadata["max_token_id"]),
+        )
+    except (KeyError, ValueError):
+        raise FileDamaged(file.path, "its counts are missing") from None
+    rows = shape.count(number)
+    expected = {
+        "offsets": ((rows + 1,), np.dtype(np.int64)),
+        "labels": ((rows,), shape.labels_dtype),
+        "input_ids": ((facts.num_tokens,), np.dtype(np.int32)),
+    }
+    if shape.uses_token_type_ids:
+        expected["token_type_ids"] = ((facts.num_tokens,), np.dtype(np.uint8))
+    found = {name: (file.shape(name), file.dtype(name)) for name in file.names}
+    if file.metadata.get("key") != shape.key or found != expected:
+        raise FileDamaged(file.path, "it does not hold the rows that its name says")
+    return facts

@@ -1,0 +1,96 @@
+"""What config.json says of a model, read without a framework. Weights are looked for, not read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ftlaunch.cluster.errors import UserError
+from ftlaunch.strategies.options import ModelOptions
+
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# Their positions begin after the padding id: that many embeddings are never reached.
+_POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer")
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name is meant as a path: it exists, or no hub name is written like it."""
+    return Path(name).expanduser().exists() or name.startswith(("/", "./", "../", "~"))
+
+
+def check_model_folder(options: ModelOptions) -> None:
+    """UserError when a local model lacks its configuration or its weights. Hub names pass."""
+    name = str(options.name_or_path)
+    if not looks_local(name):
+        return
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        raise UserError(
+            f"the model folder {name} does not exist. Pass a folder with config.json and "
+            "model.safetensors, or the name of a model on the hub."
+        )
+    if not folder.is_dir():
+        raise UserError(
+            f"the model {name} is a file; --model takes the folder that holds config.json and "
+            "model.safetensors."
+        )
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"the model folder {name} has no config.json, so it is not a model that transformers "
+            "can load. Pass the folder that save_pretrained wrote."
+        )
+    if not options.random_weights and not any((folder / f).is_file() for f in _WEIGHT_FILES):
+        raise UserError(
+            f"the model folder {name} has no weights: none of {', '.join(_WEIGHT_FILES)} is there. "
+            "Pass a folder with weights, or set model.random_weights=true to start from random ones."
+        )
+
+
+def read_model_config(options: ModelOptions) -> dict[str, Any]:
+    """config.json of a local folder, or of the hub (from its cache when offline)."""
+    name = str(options.name_or_path)
+    if looks_local(name):
+        check_model_folder(options)
+        path = Path(name).expanduser() / "config.json"
+    else:
+        path = _from_hub(name, options.revision)
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read as JSON ({error}). Download the model anew."
+        ) from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a model configuration: it holds no JSON object.")
+    return config
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the model {name!r} is neither a folder here nor could it be had from the hub: {reason} "
+            "Check the name, or pass the path of a folder with config.json and model.safetensors."
+        ) from None
+
+
+def max_length_of(config: dict[str, Any]) -> int | None:
+    """The longest row that the model can take, None if it has no limit that we know."""
+    limit = config.get("max_position_embeddings")
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    if config.get("model_type") in _POSITIONS_AFTER_PADDING:
+        padding = config.get("pad_token_id")
+        return limit - (padding if isinstance(padding, int) else 1) - 1
+    return limit

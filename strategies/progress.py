@@ -1,0 +1,131 @@
+"""What a worker tells about its training: typed messages that travel as JSON to the coordinator.
+
+Nothing here knows how they travel (`cluster.events`) or how they are shown (`launcher.console`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataReady:
+    """The tokens are there. Sent once by rank 0; `notes` are lines for the user (guessed columns, …)."""
+
+    kind: ClassVar[str] = "data_ready"
+    num_train_samples: int
+    num_eval_samples: int
+    steps_per_epoch: int
+    total_steps: int
+    seconds: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """Training goes on after `step` optimizer steps of an earlier run, from `checkpoint`."""
+
+    kind: ClassVar[str] = "resumed"
+    step: int
+    epoch: float
+    checkpoint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone:
+    """One optimizer step, applied or skipped. `step` counts from 1, `epoch` is fractional.
+
+    samples_digest   of the sample numbers of the global batch, in no particular order
+    num_tokens       of all ranks, without padding; num_padded_tokens with it
+    culprit          first parameter with a non-finite gradient, when not applied
+    """
+
+    kind: ClassVar[str] = "step_done"
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    loss_scale: float
+    applied: bool
+    samples_per_second: float
+    tokens_per_second: float
+    samples_digest: str
+    num_samples: int
+    num_tokens: int
+    num_padded_tokens: int
+    culprit: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """Evaluation after `step`; `metrics` holds "loss" and the task's metrics."""
+
+    kind: ClassVar[str] = "evaluated"
+    step: int
+    epoch: float
+    metrics: Mapping[str, float]
+    num_samples: int
+    seconds: float
+    is_best: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A checkpoint is whole on disk."""
+
+    kind: ClassVar[str] = "saved"
+    step: int
+    path: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """A line for the user, worth keeping in the report."""
+
+    kind: ClassVar[str] = "note"
+    text: str
+    warning: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The worker's part is over. `stopped`: on request, before the end, with a checkpoint.
+
+    metrics   of the evaluation that describes `model_dir`: the best step where asked for, else the last
+    """
+
+    kind: ClassVar[str] = "finished"
+    stopped: bool
+    reason: str
+    step: int
+    epoch: float
+    model_dir: str | None
+    metrics: Mapping[str, float]
+    train_seconds: float
+    peak_memory_bytes: int
+
+
+Progress = DataReady | Resumed | StepDone | Evaluated | Saved | Note | Finished
+_KINDS: dict[str, type[Any]] = {
+    cls.kind: cls for cls in (DataReady, Resumed, StepDone, Evaluated, Saved, Note, Finished)
+}
+
+
+def to_dict(message: Progress) -> dict[str, Any]:
+    return {"kind": message.kind, **asdict(message)}
+
+
+def from_dict(payload: Mapping[str, Any]) -> Progress:
+    """ValueError when the payload is not one of ours."""
+    fields = dict(payload)
+    cls = _KINDS.get(fields.pop("kind", ""))
+    if cls is None:
+        raise ValueError(f"unknown progress message: {str(payload)[:200]}")
+    try:
+        return cls(**fields)  # type: ignore[no-any-return]
+    except TypeError as error:
+        raise ValueError(f"malformed progress message {cls.kind}: {error}") from None

@@ -1,0 +1,50 @@
+"""Which strategies exist, and what each needs. Importing this imports no framework."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from ftlaunch.cluster.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategyEntry:
+    """Where a strategy lives and what it can run on.
+
+    implementation   "module:function"; the function takes a `StrategyRequest` and returns a Strategy
+    package          what has to be installed
+    """
+
+    implementation: str
+    package: str
+    accelerators: tuple[str, ...]
+
+
+STRATEGIES: dict[str, StrategyEntry] = {
+    "ddp": StrategyEntry(
+        implementation="ftlaunch.strategies.torch.ddp:create",
+        package="torch",
+        accelerators=("cpu", "cuda"),
+    ),
+}
+
+
+def entry(name: str) -> StrategyEntry:
+    """UserError for an unknown name."""
+    if name not in STRATEGIES:
+        near = difflib.get_close_matches(name, STRATEGIES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"there is no strategy {name!r}.{hint} "
+            f"This version has: {', '.join(STRATEGIES)}. Choose one with --strategy, or leave it out."
+        )
+    return STRATEGIES[name]
+
+
+def load(name: str) -> Any:
+    """The function that creates the strategy; imports its framework."""
+    module, _, function = entry(name).implementation.partition(":")
+    return getattr(importlib.import_module(module), function)

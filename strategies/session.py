@@ -1,0 +1,173 @@
+"""One rank's work from the plan to the last message: tokens, then the model, then the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ftlaunch.cluster.errors import UserError
+from ftlaunch.cluster.world import World
+from ftlaunch.strategies import registry
+from ftlaunch.strategies.base import Strategy, StrategyRequest
+from ftlaunch.strategies.checkpoint.identity import check_same_job, job_identity
+from ftlaunch.strategies.checkpoint.saving import newest_manifest
+from ftlaunch.strategies.data.batches import Collator
+from ftlaunch.strategies.data.tasks import load_task
+from ftlaunch.strategies.data.token_cache import Tokens, prepare_tokens
+from ftlaunch.strategies.data.tokenizer import TokenizerSource, locate_tokenizer, tokenizer_files
+from ftlaunch.strategies.evaluation import Evaluator
+from ftlaunch.strategies.metrics import load_metrics
+from ftlaunch.strategies.model_config import max_length_of, read_model_config
+from ftlaunch.strategies.options import JobOptions, Precision
+from ftlaunch.strategies.progress import DataReady, Progress
+from ftlaunch.strategies.training import (
+    RunSettings,
+    TrainingRun,
+    class_weights,
+    sample_order,
+    total_steps,
+)
+
+
+class Stop(Protocol):
+    """A request to stop. While `ends_at_once` is set there is nothing to save."""
+
+    ends_at_once: bool
+
+    def requested(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionRequest:
+    """What a rank needs to know."""
+
+    options: JobOptions
+    output_dir: Path
+    strategy: str
+    precision: Precision
+    accelerator: str
+    micro_batch: int
+    eval_micro_batch: int
+    num_threads: int
+    timeout_seconds: float
+    world: World
+    listen_fd: int | None
+
+
+def train(request: SessionRequest, *, emit: Callable[[Progress], None], stop: Stop) -> bool:
+    """Collective: train the job; True when it was stopped before its end."""
+    started = time.perf_counter()
+    options = request.options
+    tokens = _prepare(request)
+    identity = job_identity(options, tokens)
+    root = request.output_dir / "checkpoints"
+    found = newest_manifest(root)
+    if found is not None:
+        check_same_job(found[1].identity, identity, found[0])
+    evaluator = _evaluator(request, tokens) if options.train.eval_strategy != "no" else None
+    class_weights(options, tokens)  # a mistake in them is told before the model is loaded
+    if request.world.is_main:
+        emit(_data_ready(request, tokens, started))
+    strategy = _create_strategy(request, tokens)
+    settings = RunSettings(
+        options=options,
+        output_dir=request.output_dir,
+        strategy_name=request.strategy,
+        precision=request.precision,
+        micro_batch=request.micro_batch,
+        identity=identity,
+        tokenizer_files=tokenizer_files(locate_tokenizer(_tokenizer_source(options))),
+    )
+    stop.ends_at_once = False
+    run = TrainingRun(
+        settings, strategy, tokens, evaluator, emit=emit, stop_requested=stop.requested
+    )
+    finished = run.run()
+    if request.world.is_main:
+        emit(finished)
+    strategy.close()
+    return finished.stopped
+
+
+def _prepare(request: SessionRequest) -> Tokens:
+    """The job's tokens, on the first run tokenized by all ranks. UserError when they do not fit."""
+    options = request.options
+    tokens = prepare_tokens(
+        options.task,
+        options.data,
+        _tokenizer_source(options),
+        seed=options.train.seed,
+        model_max_length=max_length_of(read_model_config(options.model)),
+        rank=request.world.rank,
+        world_size=request.world.size,
+    )
+    if len(tokens.train) < request.world.size:
+        raise UserError(
+            f"there are {len(tokens.train)} training samples for {request.world.size} ranks: each "
+            "needs at least one. Use fewer nodes or devices, or more data."
+        )
+    return tokens
+
+
+def _tokenizer_source(options: JobOptions) -> TokenizerSource:
+    own = options.model.tokenizer
+    return TokenizerSource(
+        name_or_path=own or str(options.model.name_or_path),
+        revision=None if own else options.model.revision,
+        trust_remote_code=options.model.trust_remote_code,
+    )
+
+
+def _evaluator(request: SessionRequest, tokens: Tokens) -> Evaluator | None:
+    if tokens.eval is None or not len(tokens.eval):
+        return None
+    options = request.options
+    task = load_task(options.task)
+    names = options.train.metrics
+    if names is None:
+        names = task.default_metrics(tokens.spec)
+    return Evaluator(
+        collator=Collator(
+            table=tokens.eval,
+            pad_token_id=tokens.pad_token_id,
+            class_weights=class_weights(options, tokens),
+        ),
+        task=task,
+        spec=tokens.spec,
+        metrics=load_metrics(names, tokens.spec),
+        micro_batch=request.eval_micro_batch,
+    )
+
+
+def _data_ready(request: SessionRequest, tokens: Tokens, started: float) -> DataReady:
+    return DataReady(
+        num_train_samples=len(tokens.train),
+        num_eval_samples=len(tokens.eval) if tokens.eval is not None else 0,
+        steps_per_epoch=sample_order(request.options, tokens).steps_per_epoch,
+        total_steps=total_steps(request.options, tokens),
+        seconds=time.perf_counter() - started,
+        notes=tokens.notes,
+    )
+
+
+def _create_strategy(request: SessionRequest, tokens: Tokens) -> Strategy:
+    create: Callable[[StrategyRequest], Strategy] = registry.load(request.strategy)
+    return create(
+        StrategyRequest(
+            world=request.world,
+            options=request.options,
+            precision=request.precision,
+            accelerator=request.accelerator,
+            num_threads=request.num_threads,
+            listen_fd=request.listen_fd,
+            timeout_seconds=request.timeout_seconds,
+            loss=tokens.spec.loss,
+            num_outputs=tokens.spec.num_outputs,
+            label_names=tokens.spec.label_names,
+            max_token_id=tokens.max_token_id,
+            pad_token_id=tokens.pad_token_id,
+        )
+    )

@@ -1,0 +1,331 @@
+"""Data-parallel training with torch: every rank holds the whole model, gradients are averaged.
+
+Weights, gradients and moments are fp32 whatever the precision; bf16 and fp16 are autocast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import resource
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch._C._distributed_c10d import TCPStore
+from torch.nn.parallel import DistributedDataParallel
+
+from ftlaunch.strategies.base import (
+    Batch,
+    StateReader,
+    StepOutcome,
+    StrategyRequest,
+    TensorSlice,
+)
+from ftlaunch.strategies.loss_scale import LossScaler
+from ftlaunch.strategies.torch.losses import LOSSES
+from ftlaunch.strategies.torch.model import load_model, save_model
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Process groups that are no longer used, and what refers to them; they end with the process.
+_LEFT: list[Any] = []
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def create(request: StrategyRequest) -> TorchDataParallel:
+    """Collective: join the process group and load the model. UserError when it cannot be had."""
+    torch.set_num_threads(request.num_threads)
+    device = torch.device("cpu")
+    if request.accelerator == "cuda":
+        device = torch.device("cuda", request.world.local_rank)
+        torch.cuda.set_device(device)
+    # The model first: a mistake in it is told before anyone waits for the others.
+    model = load_model(request)
+    if request.world.size > 1:
+        join_process_group(request, device)
+    return TorchDataParallel(request, model.to(device), device)
+
+
+def join_process_group(request: StrategyRequest, device: torch.device) -> None:
+    """Collective: meet at the store that rank 0 hosts on the socket its agent has held for it."""
+    world = request.world
+    timeout = datetime.timedelta(seconds=request.timeout_seconds)
+    hosts = world.is_main
+    store = TCPStore(
+        world.master_address,
+        world.master_port,
+        world.size,
+        is_master=hosts,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=request.listen_fd if hosts else None,
+    )
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(
+        backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout
+    )
+
+
+class TorchDataParallel:
+    """Implements `base.Strategy` with DistributedDataParallel."""
+
+    def __init__(self, request: StrategyRequest, model: Any, device: torch.device) -> None:
+        train = request.options.train
+        self.world = request.world
+        self.model = model
+        self.device = device
+        self._wrapped: Any = None
+        self._loss_sum = LOSSES[request.loss]
+        self._precision = request.precision
+        self._max_grad_norm = train.max_grad_norm
+        self._scaler = LossScaler(
+            initial=train.initial_loss_scale,
+            window=train.loss_scale_window,
+            enabled=request.precision == "fp16",
+        )
+        self._named: list[tuple[str, torch.nn.Parameter]] = [
+            (n, p) for n, p in model.named_parameters() if p.requires_grad
+        ]
+        # Biases and norm weights are vectors; everything that decays is a matrix or more.
+        decayed = [p for _, p in self._named if p.dim() >= 2]
+        undecayed = [p for _, p in self._named if p.dim() < 2]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": train.weight_decay},
+                {"params": undecayed, "weight_decay": 0.0},
+            ],
+            lr=train.learning_rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_epsilon,
+            fused=True,
+        )
+        self._window_loss = torch.zeros((), dtype=torch.float64, device=device)
+
+    # -- the step ---------------------------------------------------------------------------
+
+    def accumulate(self, batch: Batch, total_items: float, *, last: bool) -> None:
+        if self._wrapped is None:
+            self._wrapped = self._wrap(batch)
+        self._set_training(True)
+        alone = not isinstance(self._wrapped, DistributedDataParallel)
+        quiet = contextlib.nullcontext() if last or alone else self._wrapped.no_sync()
+        with quiet:
+            loss_sum = self._forward_loss(self._wrapped, batch)
+            # DDP averages over ranks, so each contributes W times its share of the global mean.
+            factor = self.world.size * self._scaler.scale / total_items
+            torch.autograd.backward(loss_sum * factor)
+        self._window_loss += loss_sum.detach() / total_items
+
+    def apply(self, learning_rate: float, *, stop: bool) -> StepOutcome:
+        gradients = [p.grad for _, p in self._named if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).to(torch.float64)
+        shared = torch.stack(
+            [
+                self._window_loss,
+                (~torch.isfinite(norm)).to(torch.float64),
+                torch.tensor(float(stop), dtype=torch.float64, device=self.device),
+            ]
+        )
+        if self.world.size > 1:
+            dist.all_reduce(shared)
+        loss, overflows, stops = shared.tolist()
+        overflow = overflows > 0
+        scale = self._scaler.scale
+        grad_norm = float(norm) / scale
+        culprit = None
+        if overflow:
+            culprit = self._first_not_finite()
+        else:
+            self._step(gradients, grad_norm, scale, learning_rate)
+        self._scaler.update(overflow=overflow)
+        self._optimizer.zero_grad(set_to_none=False)
+        self._window_loss.zero_()
+        return StepOutcome(
+            applied=not overflow,
+            loss=loss,
+            grad_norm=grad_norm,
+            loss_scale=scale,
+            culprit=culprit,
+            stop=stops > 0,
+        )
+
+    def _step(
+        self, gradients: list[torch.Tensor], grad_norm: float, scale: float, learning_rate: float
+    ) -> None:
+        """Unscale and clip in one multiplication, then AdamW."""
+        clip = self._max_grad_norm
+        shrink = min(1.0, clip / (grad_norm + 1e-6)) if clip > 0 else 1.0
+        if shrink / scale != 1.0:
+            torch._foreach_mul_(gradients, shrink / scale)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+
+    def _first_not_finite(self) -> str | None:
+        for name, parameter in self._named:
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                return name
+        return None
+
+    def _wrap(self, batch: Batch) -> Any:
+        """DDP around the model. One backward pass beforehand shows whether a parameter is unused,
+        which DDP has to be told: looking for them in every step would cost, not looking would hang.
+        """
+        if self.world.size == 1:
+            return self.model
+        self._set_training(True)
+        torch.autograd.backward(self._forward_loss(self.model, batch))
+        unused = any(p.grad is None for _, p in self._named)
+        self._optimizer.zero_grad(set_to_none=True)
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(
+            self.model,
+            device_ids=device_ids,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=unused,
+        )
+
+    # -- forward ----------------------------------------------------------------------------
+
+    def _forward_loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        torch.manual_seed(batch.seed)
+        logits = self._logits(model, batch)
+        labels = torch.from_numpy(batch.labels).to(self.device, non_blocking=True)
+        weights = torch.from_numpy(batch.weights).to(self.device, non_blocking=True)
+        return self._loss_sum(logits, labels, weights)
+
+    def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        inputs = {
+            name: torch.from_numpy(values).to(self.device, non_blocking=True)
+            for name, values in batch.inputs.items()
+        }
+        with self._autocast():
+            logits: torch.Tensor = model(**inputs).logits
+        return logits
+
+    @contextlib.contextmanager
+    def _autocast(self) -> Iterator[None]:
+        if self._precision == "fp32":
+            yield
+            return
+        with torch.autocast(self.device.type, dtype=_DTYPES[self._precision]):
+            yield
+
+    def predict(self, batch: Batch) -> NDArray[np.float32]:
+        self._set_training(False)
+        with torch.inference_mode():
+            logits = self._logits(self.model, batch)
+        return logits.float().cpu().numpy()
+
+    def _set_training(self, training: bool) -> None:
+        if self.model.training != training:
+            self.model.train(training)
+
+    # -- ranks ------------------------------------------------------------------------------
+
+    def sum_across_ranks(self, values: NDArray[Any]) -> NDArray[Any]:
+        if self.world.size == 1:
+            return values
+        tensor = torch.from_numpy(np.array(values))
+        dist.all_reduce(tensor)
+        return tensor.numpy()
+
+    def peak_memory_bytes(self) -> int:
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def close(self) -> None:
+        """The group is left, not destroyed: ~ProcessGroupGloo joins its threads while it holds the
+        GIL, and a thread that wants the GIL to drop its last tensor then waits for ever (torch 2.13).
+        """
+        if not dist.is_initialized():
+            return
+        _LEFT.append((self._wrapped, dist.group.WORLD))
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            # All work is done: a peer that left first does not make the job a failed one.
+            logging.getLogger(__name__).info("leaving the process group: %s", error)
+
+    # -- state ------------------------------------------------------------------------------
+
+    def _tensors(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """(kind, name, tensor) of everything a checkpoint holds, in the same order on every rank."""
+        persistent = self.model.state_dict(keep_vars=True).keys()
+        for name, parameter in self.model.named_parameters():
+            yield "weight", name, parameter.detach()
+            for moment in _MOMENTS:
+                if moment in self._optimizer.state.get(parameter, {}):
+                    yield moment, name, self._optimizer.state[parameter][moment]
+        for name, buffer in self.model.named_buffers():
+            if name in persistent:
+                yield "weight", name, buffer
+
+    def state_slices(self) -> Iterable[TensorSlice]:
+        """Every rank holds everything; rank r owns the r-th of W equal runs of all elements."""
+        tensors = list(self._tensors())
+        total = sum(tensor.numel() for _, _, tensor in tensors)
+        first = total * self.world.rank // self.world.size
+        last = total * (self.world.rank + 1) // self.world.size
+        position = 0
+        for kind, name, tensor in tensors:
+            begin, end = max(first, position), min(last, position + tensor.numel())
+            if begin < end:
+                start = begin - position
+                values = tensor.reshape(-1)[start : end - position]
+                yield TensorSlice(
+                    name=name,
+                    kind=kind,
+                    shape=tuple(tensor.shape),
+                    start=start,
+                    values=values.cpu().numpy(),
+                )
+            position += tensor.numel()
+
+    def load_state(
+        self, reader: StateReader, *, optimizer_steps: int, loss_scale: Mapping[str, float]
+    ) -> None:
+        with torch.no_grad():
+            for name, tensor in self._weights():
+                _copy_from(reader, "weight", name, tensor)
+            if optimizer_steps > 0:
+                for name, parameter in self._named:
+                    self._load_moments(reader, name, parameter, optimizer_steps)
+        self._scaler.load(loss_scale)
+
+    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, tensor) for kind, name, tensor in self._tensors() if kind == "weight")
+
+    def _load_moments(
+        self, reader: StateReader, name: str, parameter: Any, optimizer_steps: int
+    ) -> None:
+        if name not in reader.names("exp_avg"):
+            return  # it had no gradient so far
+        # What AdamW itself would hold after that many steps; the fused one keeps `step` on the device.
+        state: dict[str, torch.Tensor] = {
+            "step": torch.tensor(float(optimizer_steps), dtype=torch.float32, device=self.device)
+        }
+        for moment in _MOMENTS:
+            state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            _copy_from(reader, moment, name, state[moment])
+        self._optimizer.state[parameter] = state
+
+    def loss_scale_state(self) -> Mapping[str, float]:
+        return self._scaler.state()
+
+    def save_model(self, folder: str, *, dtype: str) -> None:
+        if self.world.is_main:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            save_model(self.model, folder, dtype=_DTYPES[dtype])
+
+
+def _copy_from(reader: StateReader, kind: str, name: str, tensor: torch.Tensor) -> None:
+    values = np.array(reader.read(kind, name, 0, tensor.numel()))
+    tensor.copy_(torch.from_numpy(values).reshape(tensor.shape))

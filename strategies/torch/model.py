@@ -1,0 +1,213 @@
+"""The torch model of a job: read from a folder or the hub, its missing weights drawn from the seed."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from ftlaunch.cluster.errors import UserError
+from ftlaunch.strategies.base import StrategyRequest
+from ftlaunch.strategies.options import ModelOptions
+from ftlaunch.strategies.weights import RANDOM_WEIGHT_FAMILIES, draw_weight
+
+
+def load_model(request: StrategyRequest) -> Any:
+    """The model in fp32 on the CPU, identical on every rank. UserError when it cannot be had."""
+    # Each rank would draw its own bar and its own table of missing weights.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    options = request.options.model
+    config = _load_config(request)
+    _check_tokenizer_fits(config, request)
+    seed = request.options.train.seed
+    if options.random_weights:
+        model = _random_model(config, options, seed)
+    else:
+        model = _pretrained_model(config, options, seed)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    freeze(model, options.freeze)
+    return model
+
+
+def _load_config(request: StrategyRequest) -> Any:
+    options = request.options.model
+    labels = list(request.label_names)
+    arguments: dict[str, Any] = {"num_labels": request.num_outputs}
+    if labels:
+        arguments["id2label"] = dict(enumerate(labels))
+        arguments["label2id"] = {label: i for i, label in enumerate(labels)}
+    if options.attn_implementation is not None:
+        arguments["attn_implementation"] = options.attn_implementation
+    try:
+        config = AutoConfig.from_pretrained(
+            options.name_or_path,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+            **arguments,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _cannot_load(options, error) from error
+    config.problem_type = (
+        "single_label_classification" if request.loss == "cross_entropy" else "regression"
+    )
+    if config.pad_token_id is None:
+        # Heads of decoder models look for the last token that is not padding.
+        config.pad_token_id = request.pad_token_id
+    if options.dropout is not None:
+        set_dropout(config, options.dropout)
+    return config
+
+
+def set_dropout(config: Any, probability: float) -> None:
+    """Set every dropout probability that the configuration has."""
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or name.endswith("pdrop")) and (
+            isinstance(value, float | int) or value is None
+        ):
+            setattr(config, name, probability)
+
+
+def _check_tokenizer_fits(config: Any, request: StrategyRequest) -> None:
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is not None and request.max_token_id >= vocabulary:
+        raise UserError(
+            f"the tokenizer does not fit the model: it makes token {request.max_token_id}, and "
+            f"{request.options.model.name_or_path} has a vocabulary of {vocabulary}. "
+            "Set model.tokenizer to the tokenizer that the model was trained with."
+        )
+
+
+def _pretrained_model(config: Any, options: ModelOptions, seed: int) -> Any:
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            options.name_or_path,
+            config=config,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+            dtype=torch.float32,
+            # A head trained for other labels is not an error: it is drawn anew, like a missing one.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise _cannot_load(options, error) from error
+    # Entries of mismatched_keys are names, or tuples that begin with the name.
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    missing = set(info["missing_keys"]) | mismatched
+    prefix = f"{model.base_model_prefix}."
+    base = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
+    lost = sorted(missing.intersection(base))
+    if base and len(lost) > len(base) // 2:
+        raise UserError(
+            f"the weights in {options.name_or_path} are not this model's: {len(lost)} of "
+            f"{len(base)} weights below the head are missing, such as {lost[0]}. "
+            "Pass a folder whose config.json and model.safetensors belong together."
+        )
+    draw_parameters(model, missing, seed=seed, initializer_range=_initializer_range(config))
+    return model
+
+
+def _random_model(config: Any, options: ModelOptions, seed: int) -> Any:
+    if config.model_type not in RANDOM_WEIGHT_FAMILIES:
+        raise UserError(
+            f"model.random_weights cannot be used with a {config.model_type!r} model: its "
+            f"initialisation is only known for {', '.join(RANDOM_WEIGHT_FAMILIES)}. "
+            "Pass a model with weights."
+        )
+    model = AutoModelForSequenceClassification.from_config(
+        config, trust_remote_code=options.trust_remote_code
+    ).float()
+    names = {name for name, _ in model.named_parameters()}
+    draw_parameters(model, names, seed=seed, initializer_range=_initializer_range(config))
+    return model
+
+
+def _initializer_range(config: Any) -> float:
+    return float(getattr(config, "initializer_range", None) or 0.02)
+
+
+def draw_parameters(
+    model: torch.nn.Module, names: set[str], *, seed: int, initializer_range: float
+) -> None:
+    """Overwrite the named parameters with `draw_weight`. Padding embeddings stay zero."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in names:
+                values = draw_weight(
+                    name, tuple(parameter.shape), seed=seed, initializer_range=initializer_range
+                )
+                parameter.copy_(torch.from_numpy(values))
+        for name, module in model.named_modules():
+            is_embedding = isinstance(module, torch.nn.Embedding)
+            if is_embedding and module.padding_idx is not None and f"{name}.weight" in names:
+                module.weight[module.padding_idx] = 0.0
+
+
+def freeze(model: torch.nn.Module, patterns: tuple[str, ...]) -> None:
+    """Take the parameters that match any pattern out of training.
+
+    A pattern is "base_model" (everything below the head), a prefix by dots, or a glob.
+    UserError when one matches nothing, or when nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    frozen: set[str] = set()
+    for pattern in patterns:
+        prefix = str(model.base_model_prefix) if pattern == "base_model" else pattern
+        matched = {
+            name
+            for name in names
+            if name == prefix or name.startswith(f"{prefix}.") or fnmatch.fnmatchcase(name, prefix)
+        }
+        if not matched:
+            parts = sorted({".".join(name.split(".")[:2]) for name in names})
+            raise UserError(
+                f"model.freeze: no parameter matches {pattern!r}. A pattern is 'base_model', the "
+                f"beginning of a name, or a glob. The model has: {', '.join(parts)}."
+            )
+        frozen |= matched
+    if len(frozen) == len(names):
+        raise UserError(
+            f"model.freeze {list(patterns)} freezes every parameter: nothing is left to train. "
+            "Leave the head out of it."
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+
+
+def save_model(
+    model: Any, folder: str, *, dtype: torch.dtype, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write config.json and model.safetensors (sharded above 5 GB) in `dtype`."""
+    state = model.state_dict() if state is None else state
+    converted = {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in state.items()
+    }
+    before = model.config.dtype
+    model.config.dtype = dtype
+    try:
+        model.save_pretrained(folder, state_dict=converted, max_shard_size="5GB")
+    finally:
+        model.config.dtype = before
+
+
+def _cannot_load(options: ModelOptions, error: Exception) -> UserError:
+    name = str(options.name_or_path)
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if Path(name).is_dir():
+        found = ", ".join(sorted(f.name for f in Path(name).iterdir())[:12]) or "nothing"
+        return UserError(
+            f"the model in {name} cannot be loaded: {reason} The folder must hold config.json and "
+            f"model.safetensors (or shards with an index); it holds {found}."
+        )
+    return UserError(
+        f"the model {name!r} is neither a folder here nor could it be had from the hub: {reason} "
+        "Check the name, or pass the path of a folder with config.json and model.safetensors."
+    )

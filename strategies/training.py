@@ -1,0 +1,406 @@
+"""One rank's training run: what happens before, between and after the steps of the loop.
+
+When to evaluate, save and end; what is told to the user. The steps themselves are in `loop`, the
+numbers behind `Strategy`. Every rank runs this with the same decisions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ftlaunch.cluster.errors import JobError, UserError
+from ftlaunch.strategies.base import Strategy
+from ftlaunch.strategies.best import BestTracker
+from ftlaunch.strategies.checkpoint.manifest import (
+    CheckpointDamaged,
+    Manifest,
+    folder_name,
+    read_manifest,
+)
+from ftlaunch.strategies.checkpoint.retention import prune, remove_unfinished
+from ftlaunch.strategies.checkpoint.saving import load_newest, save_checkpoint
+from ftlaunch.strategies.checkpoint.store import CheckpointReader
+from ftlaunch.strategies.data.batches import Collator, deal
+from ftlaunch.strategies.data.sample_order import SampleOrder, samples_digest
+from ftlaunch.strategies.data.token_cache import Tokens
+from ftlaunch.strategies.evaluation import Evaluator
+from ftlaunch.strategies.loop import Cursor, StepReport, Windows, train
+from ftlaunch.strategies.model_folder import write_model_folder
+from ftlaunch.strategies.options import JobOptions
+from ftlaunch.strategies.progress import (
+    Evaluated,
+    Finished,
+    Note,
+    Progress,
+    Resumed,
+    Saved,
+    StepDone,
+)
+from ftlaunch.strategies.schedule import make_schedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """What the plan decided for this run."""
+
+    options: JobOptions
+    output_dir: Path
+    strategy_name: str
+    precision: str
+    micro_batch: int
+    identity: dict[str, Any]
+    tokenizer_files: tuple[Path, ...]
+
+
+class TrainingRun:
+    """Trains one job from where its output folder stands to its end."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        strategy: Strategy,
+        tokens: Tokens,
+        evaluator: Evaluator | None,
+        *,
+        emit: Callable[[Progress], None],
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        options = settings.options
+        self._settings = settings
+        self._strategy = strategy
+        self._tokens = tokens
+        self._evaluator = evaluator
+        self._emit = emit if strategy.world.is_main else _say_nothing
+        self._stop_requested = stop_requested
+        self._windows = Windows(
+            order=sample_order(options, tokens),
+            collator=train_collator(options, tokens),
+            rank=strategy.world.rank,
+            world_size=strategy.world.size,
+            micro_batch=settings.micro_batch,
+        )
+        self._total_steps = total_steps(options, tokens)
+        self._schedule = make_schedule(options.train, self._total_steps)
+        self._cursor = Cursor()
+        self._best = BestTracker(
+            options.checkpoint,
+            patience=options.train.early_stopping_patience,
+            threshold=options.train.early_stopping_threshold,
+        )
+        if evaluator is not None:
+            self._best.check(("loss", *evaluator.metrics.names))
+        self._last_evaluation: dict[str, Any] | None = None
+        self._skipped_in_a_row = 0
+        self._ended_by: str | None = None
+        self._root = settings.output_dir / "checkpoints"
+
+    def run(self) -> Finished:
+        """Collective: train to the end or to a stop; the job's last message."""
+        self._resume()
+        started = time.perf_counter()
+        if not self._best.exhausted:
+            train(
+                self._strategy,
+                self._windows,
+                self._schedule,
+                self._cursor,
+                total_steps=self._total_steps,
+                stop_requested=self._stop_requested,
+                after_step=self._after_step,
+            )
+        seconds = time.perf_counter() - started
+        if self._ended_by == "stop":
+            return self._finished(
+                seconds, stopped=True, reason="stopped on request", model_dir=None
+            )
+        if self._best.exhausted:
+            reason = f"early stopping: {self._best.without_gain} evaluations without a better one"
+        else:
+            reason = "all steps done"
+        model_dir = self._write_model()
+        return self._finished(seconds, stopped=False, reason=reason, model_dir=model_dir)
+
+    # -- between steps ----------------------------------------------------------------------
+
+    def _after_step(self, report: StepReport) -> bool:
+        """True to leave the loop."""
+        self._report(report)
+        self._count_skips(report)
+        stop = report.outcome.stop
+        if self._evaluation_due() and not stop:
+            self._evaluate()
+        is_best = self._best.best is not None and self._best.best["step"] == self._cursor.step
+        wanted = self._settings.options.checkpoint.load_best_model_at_end and is_best
+        end = self._best.exhausted or self._cursor.step == self._total_steps
+        if stop or end or wanted or self._save_due():
+            self._save(evaluation_due=stop and self._evaluation_due())
+        if stop:
+            self._ended_by = "stop"
+        return stop or end
+
+    def _evaluation_due(self) -> bool:
+        train_options = self._settings.options.train
+        if self._evaluator is None or train_options.eval_strategy == "no":
+            return False
+        step = self._cursor.step
+        every = self._steps_per_epoch
+        if train_options.eval_strategy == "steps":
+            every = train_options.eval_steps or every
+        return step % every == 0 or step == self._total_steps
+
+    def _save_due(self) -> bool:
+        every = self._settings.options.checkpoint.save_steps or self._steps_per_epoch
+        return self._cursor.step % every == 0
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return self._windows.order.steps_per_epoch
+
+    @property
+    def _epoch(self) -> float:
+        return self._windows.order.epochs_after(self._cursor.step)
+
+    def _report(self, report: StepReport) -> None:
+        if not self._strategy.world.is_main:
+            return
+        outcome = report.outcome
+        num_tokens, num_padded = self._count_tokens(report.indices)
+        self._emit(
+            StepDone(
+                step=self._cursor.step,
+                epoch=self._epoch,
+                loss=outcome.loss,
+                learning_rate=report.learning_rate,
+                grad_norm=outcome.grad_norm,
+                loss_scale=outcome.loss_scale,
+                applied=outcome.applied,
+                samples_per_second=len(report.indices) / report.seconds,
+                tokens_per_second=num_tokens / report.seconds,
+                samples_digest=samples_digest(report.indices),
+                num_samples=len(report.indices),
+                num_tokens=num_tokens,
+                num_padded_tokens=num_padded,
+                culprit=outcome.culprit,
+            )
+        )
+
+    def _count_tokens(self, indices: NDArray[np.int64]) -> tuple[int, int]:
+        """Tokens of all ranks, without and with padding."""
+        table = self._tokens.train
+        lengths = table.lengths(indices)
+        dealt = deal(
+            indices,
+            lengths,
+            world_size=self._windows.world_size,
+            micro_batch=self._windows.micro_batch,
+        )
+        runs = [run for runs in dealt for run in runs if len(run)]
+        return int(lengths.sum()), sum(len(run) * int(table.lengths(run).max()) for run in runs)
+
+    def _count_skips(self, report: StepReport) -> None:
+        self._skipped_in_a_row = 0 if report.outcome.applied else self._skipped_in_a_row + 1
+        limit = self._settings.options.train.max_skipped_steps
+        if self._skipped_in_a_row >= limit:
+            raise JobError(
+                f"{limit} optimizer steps in a row were skipped because gradients were not finite, "
+                f"the last at step {self._cursor.step} (first in {report.outcome.culprit}, loss "
+                f"scale {report.outcome.loss_scale:g}, loss {report.outcome.loss:g}). Training "
+                "has diverged or a weight is broken: lower train.learning_rate, use --precision "
+                "bf16 or fp32, or go on from an earlier checkpoint (train.max_skipped_steps)."
+            )
+
+    # -- evaluation, saving, resuming -------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        assert self._evaluator is not None
+        started = time.perf_counter()
+        metrics = self._evaluator.evaluate(self._evaluator.logits(self._strategy))
+        is_best = self._best.observe(self._cursor.step, metrics)
+        self._last_evaluation = {"step": self._cursor.step, "metrics": metrics}
+        self._emit(
+            Evaluated(
+                step=self._cursor.step,
+                epoch=self._epoch,
+                metrics=metrics,
+                num_samples=self._evaluator.num_samples,
+                seconds=time.perf_counter() - started,
+                is_best=is_best,
+            )
+        )
+
+    def _save(self, *, evaluation_due: bool) -> None:
+        started = time.perf_counter()
+        folder = save_checkpoint(
+            self._strategy, self._root, self._manifest(evaluation_due=evaluation_due)
+        )
+        if self._strategy.world.is_main:
+            checkpoint = self._settings.options.checkpoint
+            keep = [self._best.best["step"]] if self._best_is_kept() and self._best.best else []
+            prune(self._root, keep_newest=checkpoint.save_total_limit, keep_steps=keep)
+        seconds = time.perf_counter() - started
+        self._emit(Saved(step=self._cursor.step, path=str(folder), seconds=seconds))
+
+    def _best_is_kept(self) -> bool:
+        return self._settings.options.checkpoint.load_best_model_at_end
+
+    def _manifest(self, *, evaluation_due: bool) -> Manifest:
+        settings = self._settings
+        return Manifest(
+            identity=settings.identity,
+            step=self._cursor.step,
+            applied_steps=self._cursor.applied,
+            epoch=self._epoch,
+            world_size=self._strategy.world.size,
+            strategy=settings.strategy_name,
+            precision=settings.precision,
+            loss_scale=self._strategy.loss_scale_state(),
+            best=self._best.best,
+            evaluation=self._last_evaluation,
+            evaluation_due=evaluation_due,
+            evaluations_without_gain=self._best.without_gain,
+            schedule=asdict(self._schedule),
+            files={},
+        )
+
+    def _resume(self) -> None:
+        def on_damaged(text: str) -> None:
+            self._emit(Note(text=f"{text}; the one before it is used", warning=True))
+
+        found = load_newest(self._strategy, self._root, on_damaged=on_damaged)
+        if self._strategy.world.is_main:
+            remove_unfinished(self._root)
+        if found is None:
+            return
+        folder, manifest = found
+        self._cursor.step = manifest.step
+        self._cursor.applied = manifest.applied_steps
+        self._best.best = manifest.best
+        self._best.without_gain = manifest.evaluations_without_gain
+        self._last_evaluation = dict(manifest.evaluation) if manifest.evaluation else None
+        self._emit(Resumed(step=manifest.step, epoch=self._epoch, checkpoint=str(folder)))
+        if manifest.schedule != asdict(self._schedule):
+            before, now = dict(manifest.schedule), asdict(self._schedule)
+            changed = [f"{k} {before.get(k)} → {v}" for k, v in now.items() if before.get(k) != v]
+            self._emit(Note(text=f"the schedule has changed: {', '.join(changed)}", warning=True))
+        if manifest.step > self._total_steps:
+            raise UserError(
+                f"{folder} is at step {manifest.step}, beyond the {self._total_steps} steps asked "
+                "for. Raise train.num_train_epochs or train.max_steps, or choose another "
+                "--output-dir."
+            )
+        if manifest.evaluation_due and self._evaluation_due():
+            self._evaluate()
+
+    # -- the end ----------------------------------------------------------------------------
+
+    def _write_model(self) -> str:
+        """The best step's model where asked for, else the last step's."""
+        best = self._best.best
+        if self._best_is_kept() and best is not None and best["step"] != self._cursor.step:
+            self._load_best(int(best["step"]))
+        return str(
+            write_model_folder(
+                self._strategy,
+                self._settings.output_dir / "model",
+                tokenizer_files=self._settings.tokenizer_files,
+                dtype=self._settings.options.model.save_dtype,
+            )
+        )
+
+    def _load_best(self, step: int) -> None:
+        folder = self._root / folder_name(step)
+        try:
+            manifest = read_manifest(folder)
+            self._strategy.load_state(
+                CheckpointReader(folder, manifest), optimizer_steps=0, loss_scale={}
+            )
+        except CheckpointDamaged as error:
+            raise JobError(
+                f"training is done, but the best checkpoint cannot be loaded: {error}. Set "
+                "checkpoint.load_best_model_at_end=false and run the same command again to get the "
+                "last step's model."
+            ) from None
+
+    def _finished(
+        self, seconds: float, *, stopped: bool, reason: str, model_dir: str | None
+    ) -> Finished:
+        shown = self._best.best if self._best_is_kept() else None
+        shown = shown or self._last_evaluation or {"metrics": {}}
+        peak = np.zeros(self._strategy.world.size, dtype=np.float64)
+        peak[self._strategy.world.rank] = self._strategy.peak_memory_bytes()
+        peaks = self._strategy.sum_across_ranks(peak)
+        return Finished(
+            stopped=stopped,
+            reason=reason,
+            step=self._cursor.step,
+            epoch=self._epoch,
+            model_dir=model_dir,
+            metrics=shown["metrics"],
+            train_seconds=seconds,
+            peak_memory_bytes=int(peaks.max()),
+        )
+
+
+def _say_nothing(message: Progress) -> None:
+    """What ranks other than 0 say."""
+
+
+def sample_order(options: JobOptions, tokens: Tokens) -> SampleOrder:
+    return SampleOrder(
+        num_samples=len(tokens.train),
+        global_batch_size=options.train.global_batch_size,
+        seed=options.train.seed,
+    )
+
+
+def total_steps(options: JobOptions, tokens: Tokens) -> int:
+    """Optimizer steps of the whole job."""
+    if options.train.max_steps is not None:
+        return options.train.max_steps
+    per_epoch = sample_order(options, tokens).steps_per_epoch
+    return max(1, math.ceil(options.train.num_train_epochs * per_epoch))
+
+
+def train_collator(options: JobOptions, tokens: Tokens) -> Collator:
+    return Collator(
+        table=tokens.train,
+        pad_token_id=tokens.pad_token_id,
+        class_weights=class_weights(options, tokens),
+    )
+
+
+def class_weights(options: JobOptions, tokens: Tokens) -> NDArray[np.float32] | None:
+    """Weight of each class. "balanced" is n / (classes · count), as in scikit-learn."""
+    wanted = options.train.class_weights
+    if wanted is None:
+        return None
+    if tokens.spec.problem != "classification":
+        raise UserError(
+            f"train.class_weights is set, but the labels in {tokens.spec.label_column!r} are "
+            "numbers to predict, not classes. Leave it out."
+        )
+    names = tokens.spec.label_names
+    if wanted == "balanced":
+        counts = tokens.train.label_counts()
+        if not counts.all():
+            absent = [name for name, count in zip(names, counts, strict=True) if not count]
+            raise UserError(
+                f"train.class_weights=balanced: no training sample has the label "
+                f"{', '.join(map(repr, absent))}. Give the weights as a list."
+            )
+        balanced: NDArray[np.float32] = (counts.sum() / (len(counts) * counts)).astype(np.float32)
+        return balanced
+    if len(wanted) != len(names):
+        raise UserError(
+            f"train.class_weights has {len(wanted)} values; the data has {len(names)} classes, in "
+            f"this order: {', '.join(names)}. Give one weight for each."
+        )
+    return np.array(wanted, dtype=np.float32)
