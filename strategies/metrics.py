@@ -96,7 +96,9 @@ def _compute(
 ) -> dict[str, float]:
     try:
         with _quiet():
-            values = module.compute(predictions=predictions, references=references)
+            # compute() would take our own through Arrow and back, where nan becomes None.
+            compute = module._compute if name in _FORMULAS else module.compute
+            values = compute(predictions=predictions, references=references)
     except MemoryError:
         raise
     except Exception as error:
@@ -137,7 +139,6 @@ def _metric_class() -> Callable[[str, str, Formula], Any]:
                 description=self._key,
                 citation="",
                 features=datasets.Features({"predictions": value, "references": value}),
-                format="numpy",
             )
 
         def _build_data_dir(self) -> str:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from calendar import month_name
 from pathlib import Path
 
 import pytest
@@ -82,11 +83,12 @@ def test_empty_folder_is_filled(tmp_path: Path) -> None:
 
 
 def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job/mine.txt").write_text("mine")
     with pytest.raises(UserError, match="new, empty or a complete demo"):
-        write_demo(tmp_path)
-    assert list(hash_files(tmp_path)) == ["mine.txt"]
-    assert not [path for path in tmp_path.parent.iterdir() if path.name.startswith(".")]
+        write_demo(tmp_path / "job")
+    # Nothing is lost, and no draft is left.
+    assert list(hash_files(tmp_path)) == ["job/mine.txt"]
 
 
 def test_reviews(demo: Path) -> None:
@@ -117,7 +119,7 @@ def test_test_split_speaks_of_unseen_things(demo: Path) -> None:
     # Names are the words with a capital letter inside a sentence.
     def names(texts: list[str]) -> set[str]:
         found = re.findall(r"(?<=[a-z,;] )[A-Z][a-z]{2,}", " ".join(texts))
-        return {word for word in found if word[:3] not in MONTHS}
+        return set(found) - set(month_name)
 
     assert names(test)
     assert names(test).isdisjoint(names(train))
@@ -126,9 +128,6 @@ def test_test_split_speaks_of_unseen_things(demo: Path) -> None:
     derived = {word for word in words_of(test) if re.search(r"[a-z]{3}(ly|ness)$", word)}
     assert len(derived & unseen) > len(derived) / 10
     assert len(derived - unseen) > len(derived) / 10
-
-
-MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()  # noqa: SIM905
 
 
 def test_counting_words_does_not_suffice(demo: Path) -> None:
@@ -140,7 +139,7 @@ def test_counting_words_does_not_suffice(demo: Path) -> None:
     model = LogisticRegression(max_iter=2000)
     model.fit(counts.fit_transform([row["text"] for row in train]), [r["label"] for r in train])
     score = model.score(counts.transform([row["text"] for row in test]), [r["label"] for r in test])
-    # Negation turns a fifth of the reviews round.
+    # A negation in each fifth review turns its words round. The model gets 0.95 and more.
     assert 0.6 < score < 0.85
 
 

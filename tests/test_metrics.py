@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,11 +36,11 @@ REGRESSION = TaskSpec(
 )
 
 
-def one_hot(ids, count):
+def one_hot(ids: Any, count: Any) -> Any:
     return np.eye(count, dtype=np.float32)[ids] * 5 - 2
 
 
-def test_binary_metrics():
+def test_binary_metrics() -> None:
     # Predictions 1 1 1 0 0 0, labels 1 1 0 1 0 0: TP 2, FP 1, FN 1, TN 2.
     # accuracy 4/6; F1 of class 1 = 2*2 / (2*2 + 1 + 1) = 2/3;
     # MCC = (2*2 - 1*1) / sqrt(3 * 3 * 3 * 3) = 3/9.
@@ -49,7 +51,7 @@ def test_binary_metrics():
     assert all(type(value) is float for value in found.values())
 
 
-def test_f1_of_three_classes_is_the_mean_over_classes():
+def test_f1_of_three_classes_is_the_mean_over_classes() -> None:
     # Predictions 0 0 1 2, labels 0 1 1 2. Class 0: TP 1 FP 1 FN 0 -> 2/3;
     # class 1: TP 1 FP 0 FN 1 -> 2/3; class 2: TP 1 -> 1. Mean 7/9.
     labels = np.array([0, 1, 1, 2])
@@ -57,7 +59,7 @@ def test_f1_of_three_classes_is_the_mean_over_classes():
     assert found == pytest.approx({"f1": 7 / 9})
 
 
-def test_regression_metrics():
+def test_regression_metrics() -> None:
     # Predictions 1 2 3 5, targets 2 1 4 6. Means 2.75 and 3.25; deviations -1.75 -.75 .25 2.25 and
     # -1.25 -2.25 .75 2.75: covariance sum 2.1875 + 1.6875 + .1875 + 6.1875 = 10.25, squares 8.75
     # and 14.75. Ranks 1 2 3 4 and 2 1 3 4: 1 - 6 * 2 / (4 * 15) = 0.8. Errors 1 1 1 1.
@@ -68,7 +70,7 @@ def test_regression_metrics():
     assert all(type(value) is float for value in found.values())
 
 
-def test_constant_predictions_give_numbers_without_warnings():
+def test_constant_predictions_give_numbers_without_warnings() -> None:
     binary = load_metrics(["accuracy", "f1", "matthews_correlation"], classes(2))
     labels = np.array([0, 0, 1])
     assert binary.compute(one_hot([0, 0, 0], 2), labels) == pytest.approx(
@@ -84,7 +86,7 @@ def test_constant_predictions_give_numbers_without_warnings():
     assert single == {"pearson": 0.0, "spearman": 0.0, "mse": 4.0}
 
 
-def test_nan_logits_do_not_raise():
+def test_nan_logits_do_not_raise() -> None:
     found = load_metrics(["accuracy", "f1"], classes(2)).compute(
         np.full((2, 2), np.nan), np.array([0, 1])
     )
@@ -95,14 +97,16 @@ def test_nan_logits_do_not_raise():
     assert found["pearson"] == 0.0 and np.isnan(found["mse"])
 
 
-def test_a_metric_of_the_other_problem():
+def test_a_metric_of_the_other_problem() -> None:
     with pytest.raises(UserError, match=r"'pearson' does not fit.*accuracy, f1, matthews_corr"):
         load_metrics(["pearson"], classes(2))
     with pytest.raises(UserError, match=r"'f1' does not fit.*'score' make a regression.*pearson"):
         load_metrics(["f1"], REGRESSION)
 
 
-def test_an_unknown_metric_lists_the_known(tmp_path, monkeypatch, capfd):
+def test_an_unknown_metric_lists_the_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     import evaluate
     import huggingface_hub
 
@@ -115,7 +119,7 @@ def test_an_unknown_metric_lists_the_known(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def use_caches(monkeypatch, folder):
+def use_caches(monkeypatch: pytest.MonkeyPatch, folder: Any) -> Any:
     import evaluate
 
     for name in ("HF_EVALUATE_CACHE", "HF_METRICS_CACHE", "HF_MODULES_CACHE"):
@@ -125,7 +129,7 @@ def use_caches(monkeypatch, folder):
     monkeypatch.delitem(sys.modules, "evaluate_modules", raising=False)
 
 
-def write_metric(folder, body):
+def write_metric(folder: Any, body: Any) -> Any:
     folder.mkdir()
     path = folder / f"{folder.name}.py"
     path.write_text(
@@ -140,7 +144,7 @@ def write_metric(folder, body):
     return str(path)
 
 
-def test_a_metric_from_a_file(tmp_path, monkeypatch):
+def test_a_metric_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_caches(monkeypatch, tmp_path)
     good = write_metric(
         tmp_path / "errors",
@@ -156,17 +160,17 @@ def test_a_metric_from_a_file(tmp_path, monkeypatch):
         load_metrics([listing], classes(3))
 
 
-def test_evaluate_comes_without_torch():
+def test_evaluate_comes_without_pipelines() -> None:
     script = (
         "import sys\n"
         "from ftlaunch.strategies.metrics import _import_evaluate\n"
-        "print(_import_evaluate().Metric.__name__, 'torch' in sys.modules)\n"
+        "print(_import_evaluate().Metric.__name__, 'transformers.pipelines' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "Metric False\n", done.stderr
 
 
-def test_built_in_metrics_touch_no_files(tmp_path, monkeypatch):
+def test_built_in_metrics_touch_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_caches(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
     metrics = load_metrics(["accuracy", "f1"], classes(2))

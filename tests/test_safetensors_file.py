@@ -5,15 +5,15 @@ import json
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ftlaunch.strategies import safetensors_file
 from ftlaunch.strategies.safetensors_file import FileDamaged, open_file, write_file
 
-ALL_DTYPES = {
+ALL_DTYPES: dict[str, Any] = {
     "f64": np.array([[1.5, -2.0], [0.0, np.inf]], dtype=np.float64),
     "f32": np.arange(6, dtype=np.float32).reshape(1, 2, 3),
     "f16": np.array([1.0, 65504.0], dtype=np.float16),
@@ -38,7 +38,7 @@ def entry(dtype: str = "U8", shape: object = (4,), offsets: object = (0, 4)) -> 
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-def test_round_trip_of_every_dtype(tmp_path):
+def test_round_trip_of_every_dtype(tmp_path: Path) -> None:
     path = tmp_path / "all.safetensors"
     write_file(path, ALL_DTYPES, {"who": "é", "n": "1"})
     file = open_file(path)
@@ -53,7 +53,7 @@ def test_round_trip_of_every_dtype(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["all.safetensors"]
 
 
-def test_the_library_reads_our_files(tmp_path):
+def test_the_library_reads_our_files(tmp_path: Path) -> None:
     write_file(tmp_path / "ours", ALL_DTYPES, {"a": "b"})
     found = load_file(tmp_path / "ours")
     assert set(found) == set(ALL_DTYPES)
@@ -61,7 +61,7 @@ def test_the_library_reads_our_files(tmp_path):
         np.testing.assert_array_equal(found[name], expected)
 
 
-def test_we_read_the_librarys_files(tmp_path):
+def test_we_read_the_librarys_files(tmp_path: Path) -> None:
     save_file(ALL_DTYPES, tmp_path / "theirs", metadata={"a": "b"})
     file = open_file(tmp_path / "theirs")
     assert file.metadata == {"a": "b"}
@@ -69,7 +69,7 @@ def test_we_read_the_librarys_files(tmp_path):
         np.testing.assert_array_equal(file.tensor(name), expected)
 
 
-def test_the_bytes_are_those_of_the_format(tmp_path):
+def test_the_bytes_are_those_of_the_format(tmp_path: Path) -> None:
     write_file(tmp_path / "x", {"t": np.array([1, 2], dtype=np.int16)}, {})
     header = b'{"t":{"dtype":"I16","shape":[2],"data_offsets":[0,4]}}'
     header += b" " * (-len(header) % 8)
@@ -77,7 +77,7 @@ def test_the_bytes_are_those_of_the_format(tmp_path):
     assert (tmp_path / "x").read_bytes() == expected
 
 
-def test_tensors_are_read_only_views_of_the_file(tmp_path):
+def test_tensors_are_read_only_views_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "x"
     write_file(path, {"t": np.arange(8, dtype=np.int32)}, {})
     tensor = open_file(path).tensor("t")
@@ -89,14 +89,14 @@ def test_tensors_are_read_only_views_of_the_file(tmp_path):
     assert tensor[-1] == 99
 
 
-def test_writes_what_is_not_contiguous(tmp_path):
+def test_writes_what_is_not_contiguous(tmp_path: Path) -> None:
     values = np.arange(12, dtype=np.float32).reshape(3, 4)
     write_file(tmp_path / "x", {"t": values.T, "s": values[:, 1:3]}, {})
     np.testing.assert_array_equal(open_file(tmp_path / "x").tensor("t"), values.T)
     np.testing.assert_array_equal(open_file(tmp_path / "x").tensor("s"), values[:, 1:3])
 
 
-def test_an_unknown_dtype_is_a_programmers_mistake(tmp_path):
+def test_an_unknown_dtype_is_a_programmers_mistake(tmp_path: Path) -> None:
     for values in (np.array([1j]), np.array([1], dtype=">i4"), np.array(["a"])):
         with pytest.raises(ValueError, match="cannot write tensor"):
             write_file(tmp_path / "x", {"t": values}, {})
@@ -104,15 +104,17 @@ def test_an_unknown_dtype_is_a_programmers_mistake(tmp_path):
 
 
 @pytest.mark.parametrize("failing", ["fsync", "rename"])
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, failing):
+def test_a_failed_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: Any
+) -> None:
     path = tmp_path / "x"
     write_file(path, {"t": np.zeros(3)}, {})
     before = path.read_bytes()
 
-    def fail(*_):
+    def fail(*_: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    owner = os if failing == "fsync" else safetensors_file.Path
+    owner = os if failing == "fsync" else Path
     monkeypatch.setattr(owner, failing, fail)
     with pytest.raises(OSError, match="No space left"):
         write_file(path, {"t": np.ones(3)}, {})
@@ -120,7 +122,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, failing):
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
-def test_every_truncation_is_found(tmp_path):
+def test_every_truncation_is_found(tmp_path: Path) -> None:
     path = tmp_path / "x"
     write_file(path, {"t": np.arange(3, dtype=np.int64)}, {"k": "v"})
     whole = path.read_bytes()
@@ -134,7 +136,7 @@ def test_every_truncation_is_found(tmp_path):
         open_file(path)
 
 
-def test_a_file_that_shrinks_after_opening(tmp_path):
+def test_a_file_that_shrinks_after_opening(tmp_path: Path) -> None:
     path = tmp_path / "x"
     write_file(path, {"t": np.arange(3, dtype=np.int64)}, {})
     file = open_file(path)
@@ -172,18 +174,18 @@ def test_a_file_that_shrinks_after_opening(tmp_path):
         ({}, "holds 4 bytes of tensors, its header 0"),
     ],
 )
-def test_a_false_header_is_found(tmp_path, header, reason):
+def test_a_false_header_is_found(tmp_path: Path, header: Any, reason: Any) -> None:
     path = raw_file(tmp_path / "x", header, b"\0" * 4)
     with pytest.raises(FileDamaged, match=reason):
         open_file(path)
 
 
-def test_a_header_length_beyond_all_bounds(tmp_path):
+def test_a_header_length_beyond_all_bounds(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(struct.pack("<Q", 2**63) + b"{}")
     with pytest.raises(FileDamaged, match="does not fit"):
         open_file(tmp_path / "x")
 
 
-def test_a_missing_file_is_an_oserror(tmp_path):
+def test_a_missing_file_is_an_oserror(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_file(tmp_path / "none")

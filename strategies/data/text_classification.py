@@ -73,8 +73,13 @@ class TextClassification:
             _require_columns(rows, (*text_columns, label_column), part)
             for column in text_columns:
                 check_texts(rows, column, part)
-        labels = {part: scan_labels(rows, label_column, part) for part, rows in parts.items()}
-        return _make_spec(text_columns, label_column, labels, splits.held_out, notes)
+        labels = {
+            part: scan_labels(
+                rows, label_column, part, splits.whole_train if part == "training" else None
+            )
+            for part, rows in parts.items()
+        }
+        return _make_spec(text_columns, label_column, labels, notes)
 
     def encode(
         self,
@@ -198,7 +203,6 @@ def _make_spec(
     text_columns: tuple[str, ...],
     label_column: str,
     labels: Mapping[str, Labels],
-    held_out: bool,
     notes: list[str],
 ) -> TaskSpec:
     first = labels["training"]
@@ -213,7 +217,7 @@ def _make_spec(
         notes += _note_whole_numbers(label_column, first)
         names: tuple[str, ...] = ()
     else:
-        _check_unseen(label_column, labels, held_out)
+        _check_unseen(label_column, labels)
         present = set().union(*(part.values for part in labels.values()))
         if len(present) < 2:
             raise UserError(
@@ -235,10 +239,10 @@ def _make_spec(
     )
 
 
-def _check_unseen(label_column: str, labels: Mapping[str, Labels], held_out: bool) -> None:
-    """A held-out part is ours: its classes count as seen. So do the names of a ClassLabel."""
+def _check_unseen(label_column: str, labels: Mapping[str, Labels]) -> None:
     train = labels["training"]
-    if held_out or train.class_names is not None:
+    # A ClassLabel states its classes, whether rows have them or not.
+    if train.class_names is not None:
         return
     for part, other in labels.items():
         unseen = sorted(other.values - train.values)
@@ -247,7 +251,7 @@ def _check_unseen(label_column: str, labels: Mapping[str, Labels], held_out: boo
                 f"The {part} data holds labels that the training data lacks: {list_names(unseen)} "
                 f"in {label_column!r}, while the training data has "
                 f"{list_names(sorted(train.values))}. Every label must occur in training. Correct "
-                "the labels, add training rows, or raise data.max_train_samples if it is set."
+                "the labels or add training rows."
             )
 
 

@@ -146,7 +146,7 @@ def _config_values(folder: Path) -> dict[str, object]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return {key: config.get(key) for key in _CONFIG_KEYS} if isinstance(config, dict) else {}
+    return {k: config[k] for k in _CONFIG_KEYS if k in config} if isinstance(config, dict) else {}
 
 
 def _download(source: TokenizerSource) -> Path:
