@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ftlaunch.cluster.errors import UserError
 from ftlaunch.launcher.config import RunConfig, load_config
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.job import run_job, show_plan
+from ftlaunch.launcher.plan import LaunchPlan
 from ftlaunch.strategies.data.demo import DEMO_OPTIONS
 
 
@@ -32,4 +34,38 @@ def _config(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> RunConfi
 
 
 def evaluate(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
-    raise AssertionError("written with the evaluation session")
+    """Evaluate a job's finished model, or any fine-tuned one, on the data that is named."""
+    target = Path(arguments.target).expanduser().absolute()
+    model, defaults = _what_to_evaluate(target, arguments.target)
+    file = Path(arguments.config) if arguments.config is not None else None
+    config = load_config(
+        file=file,
+        flags={**flags, "model": model},
+        overrides=arguments.overrides,
+        defaults=defaults,
+    )
+    with Console(sys.stdout) as console:
+        if arguments.dry_run:
+            return show_plan(config, console, mode="eval")
+        return run_job(config, console, overwrite=False, mode="eval")
+
+
+def _what_to_evaluate(target: Path, name: str) -> tuple[str, dict[str, Any]]:
+    """(model, the settings that its job had); a hub name stays as it is."""
+    if not (target / "plan.json").is_file():
+        return (str(target) if target.exists() else name), {}
+    if not (target / "model").is_dir():
+        raise UserError(
+            f"the job in {target} has no finished model yet. Run its command again to finish it, "
+            "or name a model folder."
+        )
+    options = LaunchPlan.read(target / "plan.json").options
+    defaults = {
+        "output_dir": str(target / "eval"),
+        "task": options.task,
+        "data.text_columns": options.data.text_columns,
+        "data.label_column": options.data.label_column,
+        "data.max_length": options.data.max_length,
+        "train.metrics": options.train.metrics,
+    }
+    return str(target / "model"), defaults

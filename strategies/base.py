@@ -55,6 +55,7 @@ class StrategyRequest:
     listen_fd     on rank 0 of several: the rendezvous socket, bound and listening, to be inherited
     loss          "cross_entropy" or "mse"
     label_names   in the order of their ids; empty for regression
+    trained_head  the head must come from the model's own weights: there will be no training
     """
 
     world: World
@@ -69,6 +70,7 @@ class StrategyRequest:
     label_names: tuple[str, ...]
     max_token_id: int
     pad_token_id: int
+    trained_head: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from ftlaunch.strategies.base import Strategy
 from ftlaunch.strategies.data.batches import Collator, evaluation_batches
 from ftlaunch.strategies.data.tasks import Task, TaskSpec
 from ftlaunch.strategies.metrics import Metrics
+from ftlaunch.strategies.safetensors_file import replace_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,3 +57,14 @@ class Evaluator:
 
     def labels(self) -> NDArray[Any]:
         return self.collator.table.labels(np.arange(self.num_samples))
+
+
+def write_predictions(path: Path, evaluator: Evaluator, logits: NDArray[np.float32]) -> None:
+    """One JSON line a sample, in the order of the data: its prediction and its label."""
+    names = evaluator.spec.label_names
+    with replace_file(path) as file:
+        records = evaluator.task.predictions(logits, evaluator.spec)
+        for index, (record, label) in enumerate(zip(records, evaluator.labels(), strict=True)):
+            expected = names[int(label)] if names else float(label)
+            line = {"index": index, **record, "expected": expected}
+            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")

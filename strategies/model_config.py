@@ -85,6 +85,20 @@ def _from_hub(name: str, revision: str | None) -> Path:
         ) from None
 
 
+def labels_of(config: dict[str, Any]) -> tuple[str, ...]:
+    """The names of the model's outputs in the order of their ids; () for a regression."""
+    names = config.get("id2label")
+    if config.get("problem_type") == "regression" or not isinstance(names, dict):
+        return ()
+    try:
+        return tuple(str(names[key]) for key in sorted(names, key=int))
+    except ValueError:
+        raise UserError(
+            f"config.json maps label ids to names by {list(names)[:5]}, which are not numbers. "
+            "Correct its id2label."
+        ) from None
+
+
 def max_length_of(config: dict[str, Any]) -> int | None:
     """The longest row that the model can take, None if it has no limit that we know."""
     limit = config.get("max_position_embeddings")

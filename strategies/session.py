@@ -8,21 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.world import World
 from ftlaunch.strategies import registry
 from ftlaunch.strategies.base import Strategy, StrategyRequest
 from ftlaunch.strategies.checkpoint.identity import check_same_job, job_identity
-from ftlaunch.strategies.checkpoint.saving import newest_manifest
+from ftlaunch.strategies.checkpoint.saving import all_or_none, newest_manifest
 from ftlaunch.strategies.data.batches import Collator
-from ftlaunch.strategies.data.tasks import load_task
+from ftlaunch.strategies.data.tasks import ModelLabels, load_task
 from ftlaunch.strategies.data.token_cache import Tokens, prepare_tokens
+from ftlaunch.strategies.data.token_table import TokenTable
 from ftlaunch.strategies.data.tokenizer import TokenizerSource, locate_tokenizer, tokenizer_files
-from ftlaunch.strategies.evaluation import Evaluator
+from ftlaunch.strategies.evaluation import Evaluator, write_predictions
 from ftlaunch.strategies.metrics import load_metrics
-from ftlaunch.strategies.model_config import max_length_of, read_model_config
+from ftlaunch.strategies.model_config import labels_of, max_length_of, read_model_config
 from ftlaunch.strategies.options import JobOptions, Precision
-from ftlaunch.strategies.progress import DataReady, Progress
+from ftlaunch.strategies.progress import DataReady, Evaluated, Finished, Progress
 from ftlaunch.strategies.training import (
     RunSettings,
     TrainingRun,
@@ -67,8 +71,11 @@ def train(request: SessionRequest, *, emit: Callable[[Progress], None], stop: St
     found = newest_manifest(root)
     if found is not None:
         check_same_job(found[1].identity, identity, found[0])
-    evaluator = _evaluator(request, tokens) if options.train.eval_strategy != "no" else None
-    class_weights(options, tokens)  # a mistake in them is told before the model is loaded
+    # A mistake in the class weights or metrics is told before the model is loaded.
+    weights = class_weights(options, tokens)
+    evaluator = None
+    if tokens.eval is not None and options.train.eval_strategy != "no":
+        evaluator = _evaluator(request, tokens, tokens.eval, weights=weights)
     if request.world.is_main:
         emit(_data_ready(request, tokens, started))
     strategy = _create_strategy(request, tokens)
@@ -90,6 +97,72 @@ def train(request: SessionRequest, *, emit: Callable[[Progress], None], stop: St
         emit(finished)
     strategy.close()
     return finished.stopped
+
+
+def evaluate(request: SessionRequest, *, emit: Callable[[Progress], None], stop: Stop) -> bool:
+    """Collective: evaluate a trained model; rank 0 writes predictions.jsonl. Never stopped halfway."""
+    started = time.perf_counter()
+    options = request.options
+    config = read_model_config(options.model)
+    names = labels_of(config)
+    tokens = prepare_tokens(
+        options.task,
+        options.data,
+        _tokenizer_source(options),
+        seed=options.train.seed,
+        model_max_length=max_length_of(config),
+        labels=ModelLabels(problem="classification" if names else "regression", label_names=names),
+        rank=request.world.rank,
+        world_size=request.world.size,
+    )
+    evaluator = _evaluator(request, tokens, tokens.train, weights=None)
+    say = emit if request.world.is_main else lambda message: None
+    say(
+        DataReady(
+            num_train_samples=0,
+            num_eval_samples=len(tokens.train),
+            steps_per_epoch=0,
+            total_steps=0,
+            seconds=time.perf_counter() - started,
+            notes=tokens.notes,
+        )
+    )
+    strategy = _create_strategy(request, tokens, trained_head=True)
+    started = time.perf_counter()
+    logits = evaluator.logits(strategy)
+    seconds = time.perf_counter() - started
+    metrics = evaluator.evaluate(logits)
+    path = request.output_dir / "predictions.jsonl"
+    main = request.world.is_main
+    all_or_none(
+        strategy,
+        (lambda: write_predictions(path, evaluator, logits)) if main else (lambda: None),
+        str(path),
+    )
+    say(
+        Evaluated(
+            step=0,
+            epoch=0.0,
+            metrics=metrics,
+            num_samples=len(tokens.train),
+            seconds=seconds,
+            is_best=False,
+        )
+    )
+    say(
+        Finished(
+            stopped=False,
+            reason="evaluated",
+            step=0,
+            epoch=0.0,
+            model_dir=None,
+            metrics=metrics,
+            train_seconds=0.0,
+            peak_memory_bytes=strategy.peak_memory_bytes(),
+        )
+    )
+    strategy.close()
+    return False
 
 
 def _prepare(request: SessionRequest) -> Tokens:
@@ -121,20 +194,20 @@ def _tokenizer_source(options: JobOptions) -> TokenizerSource:
     )
 
 
-def _evaluator(request: SessionRequest, tokens: Tokens) -> Evaluator | None:
-    if tokens.eval is None or not len(tokens.eval):
-        return None
+def _evaluator(
+    request: SessionRequest,
+    tokens: Tokens,
+    table: TokenTable,
+    *,
+    weights: NDArray[np.float32] | None,
+) -> Evaluator:
     options = request.options
     task = load_task(options.task)
     names = options.train.metrics
     if names is None:
         names = task.default_metrics(tokens.spec)
     return Evaluator(
-        collator=Collator(
-            table=tokens.eval,
-            pad_token_id=tokens.pad_token_id,
-            class_weights=class_weights(options, tokens),
-        ),
+        collator=Collator(table=table, pad_token_id=tokens.pad_token_id, class_weights=weights),
         task=task,
         spec=tokens.spec,
         metrics=load_metrics(names, tokens.spec),
@@ -153,7 +226,9 @@ def _data_ready(request: SessionRequest, tokens: Tokens, started: float) -> Data
     )
 
 
-def _create_strategy(request: SessionRequest, tokens: Tokens) -> Strategy:
+def _create_strategy(
+    request: SessionRequest, tokens: Tokens, *, trained_head: bool = False
+) -> Strategy:
     create: Callable[[StrategyRequest], Strategy] = registry.load(request.strategy)
     return create(
         StrategyRequest(
@@ -169,5 +244,6 @@ def _create_strategy(request: SessionRequest, tokens: Tokens) -> Strategy:
             label_names=tokens.spec.label_names,
             max_token_id=tokens.max_token_id,
             pad_token_id=tokens.pad_token_id,
+            trained_head=trained_head,
         )
     )

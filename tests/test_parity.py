@@ -23,7 +23,7 @@ SAMPLES = 100
 GLOBAL_BATCH = 12
 
 
-def _schedule():
+def _schedule() -> Schedule:
     return Schedule(name="linear", peak=1e-3, warmup_steps=3, total_steps=STEPS)
 
 
@@ -69,7 +69,7 @@ def _reference(world, listen_fd, folder):
         logits = model(**inputs).logits
         loss = functional.cross_entropy(logits, torch.from_numpy(table.labels(indices)))
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         # Warmup over 3 steps, then linear to 0 at step 30.
         rate = 1e-3 * (step / 3 if step < 3 else (STEPS - step) / (STEPS - 3))
@@ -133,7 +133,7 @@ def _full_gradient(world, listen_fd, folder, regression, step):
         loss = functional.mse_loss(logits.squeeze(-1), labels)
     else:
         loss = functional.cross_entropy(logits, labels)
-    loss.backward()
+    torch.autograd.backward(loss)
     flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     return flat.double().numpy()
 

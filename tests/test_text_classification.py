@@ -189,7 +189,9 @@ def test_one_class_is_not_enough() -> None:
 
 def test_columns_of_the_wrong_type() -> None:
     lists = make_rows({"text": [["a"], ["b"]], "label": [0, 1]})
-    with pytest.raises(UserError, match=r"'text' of the training data is not text: .*(list|sequence)"):
+    with pytest.raises(
+        UserError, match=r"'text' of the training data is not text: .*(list|sequence)"
+    ):
         inspect(lists)
     with pytest.raises(UserError, match=r"is int64, and it must be string"):
         inspect(make_rows({"text": [1, 2], "label": [0, 1]}))

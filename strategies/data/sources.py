@@ -62,26 +62,34 @@ class _Choice:
     eval: str | None
 
 
-def load_splits(options: DataOptions, *, seed: int) -> Splits:
-    """Read the training and evaluation rows. UserError for all that a user can mend."""
+def load_splits(options: DataOptions, *, seed: int, only_evaluation: bool = False) -> Splits:
+    """Read the training and evaluation rows. UserError for all that a user can mend.
+
+    only_evaluation  there is no training: the rows to evaluate are given as `train`
+    """
     name = _require_name(options)
+    choose = _choose_evaluation if only_evaluation else _choose
     with _quiet():
         if is_local(name):
             local, cache = find_local(name), cache_root(options)
-            choice = _choose(local.splits, name, options)
+            choice = choose(local.splits, name, options)
             train = read_split(local, choice.train, cache)
             evaluation = read_split(local, choice.eval, cache) if choice.eval else None
         else:
             loaded = _load_from_hub(name, options)
-            choice = _choose(loaded, name, options)
+            choice = choose(loaded, name, options)
             train = _require_rows(loaded[choice.train], name, choice.train)
             evaluation = (
                 _require_rows(loaded[choice.eval], name, choice.eval) if choice.eval else None
             )
+        if only_evaluation:
+            return _draw_evaluation(train, choice, options, seed)
         return _draw(train, evaluation, choice, options, seed)
 
 
-def data_fingerprint(options: DataOptions, *, seed: int) -> str | None:
+def data_fingerprint(
+    options: DataOptions, *, seed: int, only_evaluation: bool = False
+) -> str | None:
     """Hash of the rows that `load_splits` would give, without reading them as rows.
 
     None for a data set of the hub: load it, then ask `loaded_fingerprint`.
@@ -90,7 +98,8 @@ def data_fingerprint(options: DataOptions, *, seed: int) -> str | None:
     if not is_local(name):
         return None
     local = find_local(name)
-    choice = _choose(local.splits, name, options)
+    choose = _choose_evaluation if only_evaluation else _choose
+    choice = choose(local.splits, name, options)
     subsets = (options.max_train_samples, options.max_eval_samples)
     drawn = choice.eval is None or any(subsets)
     return _hash(
@@ -103,6 +112,7 @@ def data_fingerprint(options: DataOptions, *, seed: int) -> str | None:
             # Without meaning for local files today; a change must never go unnoticed.
             "config_name": options.config_name,
             "revision": options.revision,
+            "only_evaluation": only_evaluation,
         }
     )
 
@@ -153,6 +163,18 @@ def _choose(names: Iterable[str], source: str, options: DataOptions) -> _Choice:
     )
 
 
+def _choose_evaluation(names: Iterable[str], source: str, options: DataOptions) -> _Choice:
+    """The split to evaluate, as the only one: validation, else test, else whatever there is."""
+    names = list(names)
+    if options.eval_split is not None and options.eval_split not in names:
+        raise UserError(
+            f"The data set {source} has no split {options.eval_split!r}: it has "
+            f"{list_names(names)}. Set data.eval_split to one of them."
+        )
+    found = options.eval_split or _first(names, "validation") or _first(names, "test")
+    return _Choice(train=found or names[0], eval=None)
+
+
 def _first(names: Iterable[str], kind: str) -> str | None:
     """The split of exactly that name, else the first whose name says so (validation_matched)."""
     names = list(names)
@@ -187,6 +209,17 @@ def _draw(
         f"{len(evaluation)} evaluation samples ({choice.eval or 'held out'})",
         notes=tuple(notes),
         whole_train=whole,
+    )
+
+
+def _draw_evaluation(rows: Dataset, choice: _Choice, options: DataOptions, seed: int) -> Splits:
+    notes = [f"evaluation: split '{choice.train}' (set data.eval_split to choose)"]
+    rows = _subset(rows, options.max_eval_samples, seed, "eval", notes)
+    return Splits(
+        train=rows,
+        eval=None,
+        description=f"{options.name_or_path}: {len(rows)} evaluation samples ({choice.train})",
+        notes=tuple(notes),
     )
 
 

@@ -67,6 +67,14 @@ class TaskSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLabels:
+    """What a trained model's outputs mean; label_names in the order of their ids, () for numbers."""
+
+    problem: Literal["classification", "regression"]
+    label_names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
     """Some tokenized rows, without padding.
 
@@ -85,6 +93,11 @@ class Task(Protocol):
 
     def inspect(self, splits: Splits, options: DataOptions) -> TaskSpec:
         """Find columns and labels in loaded rows. UserError for rows that do not fit the task."""
+
+    def inspect_for_model(
+        self, splits: Splits, options: DataOptions, labels: ModelLabels
+    ) -> TaskSpec:
+        """The same for rows that a trained model is evaluated on: its labels are given."""
 
     def encode(
         self,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.data.label_scan import Labels, check_texts, scan_labels
 from ftlaunch.strategies.data.local_files import list_names
-from ftlaunch.strategies.data.tasks import Encoded, TaskSpec
+from ftlaunch.strategies.data.tasks import Encoded, ModelLabels, TaskSpec
 from ftlaunch.strategies.options import DataOptions
 
 if TYPE_CHECKING:
@@ -57,15 +57,7 @@ class TextClassification:
 
     def inspect(self, splits: Splits, options: DataOptions) -> TaskSpec:
         """See `Task.inspect`."""
-        label_column = _find_label_column(splits.train, options)
-        text_columns = _find_text_columns(splits.train, options, label_column)
-        notes: list[str] = []
-        if options.text_columns is None or options.label_column is None:
-            texts = " + ".join(f"'{column}'" for column in text_columns)
-            notes.append(
-                f"columns: text = {texts}, label = '{label_column}' "
-                "(guessed; set data.text_columns and data.label_column to choose)"
-            )
+        text_columns, label_column, notes = _find_columns(splits.train, options)
         parts = {"training": splits.train}
         if splits.eval is not None:
             parts["evaluation"] = splits.eval
@@ -80,6 +72,27 @@ class TextClassification:
             for part, rows in parts.items()
         }
         return _make_spec(text_columns, label_column, labels, notes)
+
+    def inspect_for_model(
+        self, splits: Splits, options: DataOptions, labels: ModelLabels
+    ) -> TaskSpec:
+        """See `Task.inspect_for_model`."""
+        text_columns, label_column, notes = _find_columns(splits.train, options)
+        _require_columns(splits.train, (*text_columns, label_column), "evaluation")
+        for column in text_columns:
+            check_texts(splits.train, column, "evaluation")
+        found = scan_labels(splits.train, label_column, "evaluation", None)
+        return TaskSpec(
+            task="text-classification",
+            text_columns=text_columns,
+            label_column=label_column,
+            problem=labels.problem,
+            label_names=labels.label_names,
+            num_outputs=len(labels.label_names) or 1,
+            loss="cross_entropy" if labels.problem == "classification" else "mse",
+            labels_are_ids=_holds_ids(label_column, found, labels),
+            notes=tuple(notes),
+        )
 
     def encode(
         self,
@@ -143,6 +156,53 @@ class TextClassification:
             }
             for winner, row in zip(scores.argmax(axis=1).tolist(), probabilities, strict=True)
         ]
+
+
+def _find_columns(rows: Dataset, options: DataOptions) -> tuple[tuple[str, ...], str, list[str]]:
+    """(text columns, label column, a note if either was guessed)."""
+    label_column = _find_label_column(rows, options)
+    text_columns = _find_text_columns(rows, options, label_column)
+    if options.text_columns is not None and options.label_column is not None:
+        return text_columns, label_column, []
+    texts = " + ".join(f"'{column}'" for column in text_columns)
+    return (
+        text_columns,
+        label_column,
+        [
+            f"columns: text = {texts}, label = '{label_column}' "
+            "(guessed; set data.text_columns and data.label_column to choose)"
+        ],
+    )
+
+
+def _holds_ids(label_column: str, found: Labels, labels: ModelLabels) -> bool:
+    """Whether the column holds the model's label ids rather than names. UserError if neither."""
+    names = labels.label_names
+    if labels.problem == "regression":
+        if found.class_names is None and found.kind in ("float", "int"):
+            return False
+        raise UserError(
+            f"The model gives numbers, but the label column {label_column!r} holds "
+            f"{found.describe()}. Set data.label_column to a column of numbers."
+        )
+    if found.class_names is not None and tuple(found.class_names) == names:
+        return True
+    by_value = found.class_names is None and found.kind != "float"
+    if by_value and {str(value) for value in found.values} <= set(names):
+        return False
+    generic = names == tuple(f"LABEL_{i}" for i in range(len(names)))
+    if (
+        by_value
+        and generic
+        and all(isinstance(v, int) and 0 <= v < len(names) for v in found.values)
+    ):
+        return True
+    seen = found.class_names or sorted(map(str, found.values))
+    raise UserError(
+        f"The labels in {label_column!r} are not the model's: the data has {list_names(seen)}, the "
+        f"model {list_names(names)}, in that order. Evaluate with data that is labelled alike, or "
+        "set data.label_column."
+    )
 
 
 def _find_label_column(rows: Dataset, options: DataOptions) -> str:

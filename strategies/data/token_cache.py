@@ -25,7 +25,7 @@ from ftlaunch.strategies.data.sources import (
     load_splits,
     loaded_fingerprint,
 )
-from ftlaunch.strategies.data.tasks import Task, TaskSpec, load_task
+from ftlaunch.strategies.data.tasks import ModelLabels, Task, TaskSpec, load_task
 from ftlaunch.strategies.data.token_table import (
     SliceFacts,
     TableShape,
@@ -163,6 +163,7 @@ def prepare_tokens(
     *,
     seed: int,
     model_max_length: int | None,
+    labels: ModelLabels | None = None,
     rank: int = 0,
     world_size: int = 1,
     stall_seconds: float = 1800.0,
@@ -174,6 +175,7 @@ def prepare_tokens(
     A hit imports neither datasets nor transformers.
 
     model_max_length  the longest row that the model takes, None for any
+    labels            of a trained model that is only evaluated: the rows are then `train`, alone
     takeover_seconds  so long after the last new slice a rank writes the missing ones itself: the
                       cache folder is another one on each node, or the rank that owes them is gone
     stall_seconds     so long after the last new slice a rank gives up with a JobError
@@ -181,20 +183,24 @@ def prepare_tokens(
     _check_max_length(options, model_max_length)
     root = cache_root(options)
     splits: Splits | None = None
-    data = data_fingerprint(options, seed=seed)
+    alone = labels is not None
+    data = data_fingerprint(options, seed=seed, only_evaluation=alone)
     if data is None:
-        splits = load_splits(options, seed=seed)
+        splits = load_splits(options, seed=seed, only_evaluation=alone)
         data = loaded_fingerprint(splits)
     tokenizer_folder = locate_tokenizer(tokenizer)
     tokens = tokenizer_fingerprint(tokenizer_folder, tokenizer)
-    key = _make_key(task_name, options, model_max_length, data, tokens)
+    key = _make_key(task_name, options, model_max_length, labels, data, tokens)
     folder = root / "tokens" / key
     found = _open(folder, key, hit=True)
     if found is not None:
         return found
     task = load_task(task_name)
-    splits = splits or load_splits(options, seed=seed)
-    spec = task.inspect(splits, options)
+    splits = splits or load_splits(options, seed=seed, only_evaluation=alone)
+    if labels is None:
+        spec = task.inspect(splits, options)
+    else:
+        spec = task.inspect_for_model(splits, options, labels)
     loaded = load_tokenizer(tokenizer_folder, tokenizer)
     rows = {"train": splits.train} | ({"eval": splits.eval} if splits.eval is not None else {})
     work = _Work(
@@ -217,7 +223,12 @@ def prepare_tokens(
 
 
 def _make_key(
-    task: str, options: DataOptions, model_max_length: int | None, data: str, tokenizer: str
+    task: str,
+    options: DataOptions,
+    model_max_length: int | None,
+    labels: ModelLabels | None,
+    data: str,
+    tokenizer: str,
 ) -> str:
     import xxhash
 
@@ -229,6 +240,7 @@ def _make_key(
         "text_columns": options.text_columns,
         "label_column": options.label_column,
         "max_length": options.max_length,
+        "labels": None if labels is None else [labels.problem, *labels.label_names],
         # Decides nothing when the user has.
         "model_max_length": model_max_length if options.max_length is None else None,
     }

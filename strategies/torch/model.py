@@ -29,7 +29,7 @@ def load_model(request: StrategyRequest) -> Any:
     if options.random_weights:
         model = _random_model(config, options, seed)
     else:
-        model = _pretrained_model(config, options, seed)
+        model = _pretrained_model(config, options, seed, trained_head=request.trained_head)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     freeze(model, options.freeze)
@@ -84,7 +84,7 @@ def _check_tokenizer_fits(config: Any, request: StrategyRequest) -> None:
         )
 
 
-def _pretrained_model(config: Any, options: ModelOptions, seed: int) -> Any:
+def _pretrained_model(config: Any, options: ModelOptions, seed: int, *, trained_head: bool) -> Any:
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             options.name_or_path,
@@ -109,6 +109,11 @@ def _pretrained_model(config: Any, options: ModelOptions, seed: int) -> Any:
             f"the weights in {options.name_or_path} are not this model's: {len(lost)} of "
             f"{len(base)} weights below the head are missing, such as {lost[0]}. "
             "Pass a folder whose config.json and model.safetensors belong together."
+        )
+    if trained_head and missing:
+        raise UserError(
+            f"the model in {options.name_or_path} has no trained head: {', '.join(sorted(missing))} "
+            "are missing from its weights. Evaluate a model that was fine-tuned for this task."
         )
     draw_parameters(model, missing, seed=seed, initializer_range=_initializer_range(config))
     return model
