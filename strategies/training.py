@@ -25,7 +25,7 @@ from ftlaunch.strategies.checkpoint.manifest import (
     folder_name,
     read_manifest,
 )
-from ftlaunch.strategies.checkpoint.retention import prune, remove_unfinished
+from ftlaunch.strategies.checkpoint.retention import prune, remove_unfinished, set_aside_newer
 from ftlaunch.strategies.checkpoint.saving import load_newest, save_checkpoint
 from ftlaunch.strategies.checkpoint.store import CheckpointReader
 from ftlaunch.strategies.data.batches import Collator, deal
@@ -277,6 +277,8 @@ class TrainingRun:
         found = load_newest(self._strategy, self._root, on_damaged=on_damaged)
         if self._strategy.world.is_main:
             remove_unfinished(self._root)
+            if found is not None:
+                set_aside_newer(self._root, found[1].step)
         if found is None:
             return
         folder, manifest = found

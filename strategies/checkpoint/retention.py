@@ -24,6 +24,15 @@ def remove_unfinished(root: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def set_aside_newer(root: Path, step: int) -> None:
+    """Rename what is newer than the checkpoint that a run goes on from: it was damaged."""
+    for folder in _step_folders(root):
+        if (step_of(folder) or 0) > step:
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+
+
 def prune(root: Path, *, keep_newest: int, keep_steps: Collection[int]) -> None:
     """Remove all but the newest `keep_newest` checkpoints and those at `keep_steps`."""
     for folder in checkpoint_folders(root)[keep_newest:]:

@@ -12,7 +12,6 @@ import numpy as np
 from ftlaunch.cluster.errors import JobError, UserError
 from ftlaunch.strategies.base import Strategy
 from ftlaunch.strategies.checkpoint.manifest import (
-    MANIFEST_NAME,
     CheckpointDamaged,
     Manifest,
     folder_name,
@@ -34,8 +33,6 @@ def save_checkpoint(strategy: Strategy, root: Path, manifest: Manifest) -> Path:
     UserError on every rank when the disk is full on any; what was there before stays whole.
     """
     folder = root / folder_name(manifest.step)
-    if _agree(strategy, (folder / MANIFEST_NAME).exists()):
-        return folder  # this very step was resumed from
     world = strategy.world
     shard = folder / shard_name(world.rank, world.size)
 
