@@ -273,7 +273,7 @@ def _mistakes(error: pydantic.ValidationError) -> list[str]:
     for each in error.errors(include_url=False):
         known = _known_part(each["loc"])
         if each["type"] == "unexpected_keyword_argument":
-            lines.append(_unknown_key(".".join(map(str, each["loc"]))))
+            lines += map(_unknown_key, _names_in(".".join(map(str, each["loc"])), each["input"]))
         elif each["type"] in ("dataclass_type", "dataclass_exact_type"):
             lines.append(
                 f"{known} is a section: write {known}.KEY=VALUE. It was {each['input']!r}."
@@ -298,6 +298,13 @@ def _known_part(location: Sequence[int | str]) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _names_in(name: str, value: Any) -> list[str]:
+    """The dotted keys that were set under `name`: of a section that does not exist, each is named."""
+    if not isinstance(value, dict) or not value:
+        return [name]
+    return [inner for key in value for inner in _names_in(f"{name}.{key}", value[key])]
 
 
 def _unknown_key(name: str) -> str:

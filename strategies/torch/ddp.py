@@ -143,7 +143,8 @@ class TorchDataParallel:
         else:
             self._step(gradients, grad_norm, scale, learning_rate)
         self._scaler.update(overflow=overflow)
-        self._optimizer.zero_grad(set_to_none=False)
+        # DDP's gradients are views of its buckets and stay; others are cheaper dropped than filled.
+        self._optimizer.zero_grad(set_to_none=self._wrapped is self.model)
         self._window_loss.zero_()
         return StepOutcome(
             applied=not overflow,
