@@ -31,6 +31,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, help="overrides --epochs, to try the script")
     parser.add_argument("--ours", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--our-precision",
+        choices=("fp32", "auto"),
+        default="fp32",
+        help="auto: what our plan chooses; the peer has fp32",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     return parser.parse_args(argv)
 
@@ -43,7 +49,7 @@ def work_of(options: argparse.Namespace, seed: int) -> Work:
         max_length=128,
         ranks=2,
         threads=1,
-        precision="fp32",
+        precision="fp32" if options.our_precision == "fp32" else None,
         learning_rate=2e-4,
         seed=seed,
         epochs=options.epochs,

@@ -35,7 +35,7 @@ from ftlaunch.cluster.events import (
 from ftlaunch.cluster.machine import Machine
 from ftlaunch.cluster.signals import StopSignals
 from ftlaunch.cluster.transport import Node, start_local
-from ftlaunch.cluster.verdict import first_failure, signal_in_words
+from ftlaunch.cluster.verdict import first_failure, lost_peer, signal_in_words
 
 _READ_BYTES = 1 << 16
 _HELLO_SECONDS = 60.0
@@ -284,6 +284,9 @@ class _Attempt:
         self._judged_at = time.monotonic()
 
     def outcome(self) -> Outcome:
-        if self.failures:
+        # A rank that had nothing to save yet leaves at once when a stop is asked for; what the
+        # others then say of a lost connection is no failure.
+        stopped = EXIT_STOPPED in self._codes
+        if self.failures and not (stopped and all(map(lost_peer, self.failures))):
             return Outcome(ending="failed", failure=first_failure(self.failures))
-        return Outcome(ending="stopped" if EXIT_STOPPED in self._codes else "done")
+        return Outcome(ending="stopped" if stopped else "done")

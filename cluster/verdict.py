@@ -23,10 +23,15 @@ _MEANINGS = {
 }
 
 
+def lost_peer(failure: Failure) -> bool:
+    """Whether the rank says no more than that it lost another one."""
+    return failure.cause == "exception" and bool(_LOST_PEER.search(failure.title))
+
+
 def first_failure(failures: Sequence[Failure]) -> Failure:
     """The failure that the others follow from: the earliest that is not merely a lost peer."""
     for failure in failures:
-        if failure.cause != "exception" or not _LOST_PEER.search(failure.title):
+        if not lost_peer(failure):
             return failure
     return failures[0]
 

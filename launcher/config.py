@@ -269,7 +269,7 @@ def _takes_words(hint: Any) -> bool:
 
 
 def _mistakes(error: pydantic.ValidationError) -> list[str]:
-    lines = []
+    lines: list[str] = []
     for each in error.errors(include_url=False):
         known = _known_part(each["loc"])
         if each["type"] == "unexpected_keyword_argument":

@@ -87,6 +87,7 @@ class Console:
             self._flush_step()
             self.say(_evaluated_line(message))
         elif isinstance(message, Saved):
+            self._flush_step()
             self.say(_saved_line(message))
         else:
             self._handle_finish(message)
@@ -115,6 +116,11 @@ class Console:
 
     def _handle_data(self, message: DataReady) -> None:
         self._pace.total = message.total_steps
+        if not message.total_steps:
+            self.say(f"data: {message.num_eval_samples:,} samples")
+            for note in message.notes:
+                self.say(note)
+            return
         self.say(
             f"data: {message.num_train_samples:,} training and {message.num_eval_samples:,} "
             f"evaluation samples, {message.steps_per_epoch:,} steps an epoch, "
@@ -330,10 +336,13 @@ def _metrics_text(metrics: Mapping[str, Any]) -> str:
 
 
 def _done_lines(summary: Mapping[str, Any]) -> list[str]:
-    lines = [_trained_line(summary)]
+    evaluated_only = bool(summary.get("predictions"))
+    lines = ["done" if evaluated_only else _trained_line(summary)]
     metrics = summary.get("eval")
     if isinstance(metrics, Mapping) and metrics:
         lines.append(f"evaluation: {_metrics_text(metrics)}")
+    if evaluated_only:
+        lines.append(f"predictions: {one_line(str(summary['predictions']))}")
     if summary.get("model_dir"):
         lines.append(f"model: {one_line(str(summary['model_dir']))}")
     return lines

@@ -31,7 +31,14 @@ from ftlaunch.launcher.report import write_report
 from ftlaunch.strategies.checkpoint.manifest import write_json
 from ftlaunch.strategies.data.demo import write_demo
 from ftlaunch.strategies.model_config import check_model_folder
-from ftlaunch.strategies.progress import DataReady, Finished, Saved, StepDone, from_dict
+from ftlaunch.strategies.progress import (
+    DataReady,
+    Finished,
+    Resumed,
+    Saved,
+    StepDone,
+    from_dict,
+)
 
 Mode = Literal["train", "eval"]
 _ADDRESS = "127.0.0.1"
@@ -61,7 +68,6 @@ def show_plan(config: RunConfig, console: Console, *, mode: Mode = "train") -> i
         [machine] * config.cluster.nodes,
         output_dir=output_dir,
         mode=mode,
-        assumed=config.cluster.kind in ("ssh", "slurm"),
     )
     console.plan([*machine.notes, *plan.describe()])
     console.say("dry run: nothing was started")
@@ -187,7 +193,7 @@ class _Job:
             record.first_step_at = time.monotonic()
         elif isinstance(message, DataReady):
             record.data_seconds = message.seconds
-        elif isinstance(message, Saved):
+        elif isinstance(message, Saved | Resumed):
             record.last_saved_step = message.step
         elif isinstance(message, Finished):
             record.finished = message
@@ -278,7 +284,13 @@ class _Job:
             "eval": dict(finished.metrics if finished else totals.eval),
             "model_dir": finished.model_dir if finished else None,
             "failure": None if failure is None else asdict(failure),
+            "predictions": self._predictions(code),
         }
+
+    def _predictions(self, code: int) -> str | None:
+        if self._mode == "train" or code != EXIT_DONE:
+            return None
+        return str(self._folder / "predictions.jsonl")
 
 
 def rank_starts(plan: LaunchPlan, port: int, folder: Path) -> list[list[RankStart]]:
@@ -302,7 +314,10 @@ def rank_starts(plan: LaunchPlan, port: int, folder: Path) -> list[list[RankStar
                 RankStart(
                     rank=world.rank,
                     argv=python_command("ftlaunch.launcher.worker", str(folder / "plan.json")),
-                    env={**_rank_environment(plan, host.visible), **world.to_environment()},
+                    env={
+                        **_rank_environment(plan, _visible(host.devices, os.environ)),
+                        **world.to_environment(),
+                    },
                     log_path=str(folder / "logs" / f"rank-{world.rank:05d}.log"),
                     inherits_listener=world.rank == 0 and plan.world_size > 1,
                 )
@@ -333,6 +348,15 @@ def _rank_environment(plan: LaunchPlan, visible: str | None) -> dict[str, str]:
     if visible is not None:
         env["CUDA_VISIBLE_DEVICES"] = visible
     return env
+
+
+def _visible(devices: Sequence[int] | None, environ: Mapping[str, str]) -> str | None:
+    """CUDA_VISIBLE_DEVICES for a node's share: places in the list that the user has set, if any."""
+    if devices is None:
+        return None
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in chosen.split(",")] if chosen else None
+    return ",".join(names[place] if names else str(place) for place in devices)
 
 
 def _agent_environment() -> dict[str, str]:

@@ -24,6 +24,7 @@ OWN_NAMES = (
     "summary.json",
     "report.html",
     "predictions.jsonl",
+    "eval",
     "logs",
     "checkpoints",
     "model",

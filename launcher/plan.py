@@ -21,7 +21,7 @@ from ftlaunch.strategies.registry import STRATEGIES, entry
 
 # Upper bounds of a micro-batch that nobody chose. Small ones pad less, because a global batch is
 # sorted by length before it is cut; an accelerator needs larger ones to be busy.
-_MICRO_BATCH = {"cpu": 8, "cuda": 32, "ascend": 32}
+_MICRO_BATCH = {"cpu": 8, "cuda": 32}
 _EVAL_FACTOR = 2
 
 
@@ -38,7 +38,7 @@ class Reason:
 class HostPlan:
     """One node's part. `assumed`: nobody asked that host; it is taken to be like this one.
 
-    visible   the accelerators this node's ranks see, as CUDA_VISIBLE_DEVICES; None leaves it alone
+    devices   which of the accelerators that are visible now this node's ranks see; None: all
     """
 
     name: str
@@ -46,7 +46,7 @@ class HostPlan:
     device_name: str
     num_devices: int
     assumed: bool
-    visible: str | None
+    devices: tuple[int, ...] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,17 +118,22 @@ def make_plan(
     """
     reasons: list[Reason] = []
     load_task(config.task)
-    for machine in machines:
-        check_framework(machine)
     accelerator = _one_accelerator(machines)
     kind = _cluster_kind(config, reasons)
     devices = _devices(config.cluster, machines, accelerator, reasons)
     num_nodes = config.cluster.nodes
     world_size = num_nodes * devices
     strategy = _strategy(config, accelerator, reasons)
+    _check_packages(strategy, machines)
     precision = _precision(config, machines, accelerator, reasons)
     _batch_fits(config, world_size, mode)
-    micro_batch, accumulation = _micro_batch(config, world_size, accelerator, reasons)
+    micro_batch, accumulation = _micro_batch(config, world_size, accelerator)
+    eval_micro_batch = config.train.per_device_eval_batch_size or _EVAL_FACTOR * micro_batch
+    if mode == "train":
+        _explain_batch(config, world_size, accelerator, micro_batch, accumulation, reasons)
+    else:
+        why = "samples of a rank at once (train.per_device_eval_batch_size)"
+        reasons.append(Reason(choice="micro-batch", value=str(eval_micro_batch), why=why))
     threads = _threads(machines[0], world_size, reasons)
     shared = kind == "local" and accelerator == "cuda" and num_nodes > 1
     return LaunchPlan(
@@ -143,7 +148,7 @@ def make_plan(
         world_size=world_size,
         global_batch_size=config.train.global_batch_size,
         micro_batch=micro_batch,
-        eval_micro_batch=config.train.per_device_eval_batch_size or _EVAL_FACTOR * micro_batch,
+        eval_micro_batch=eval_micro_batch,
         accumulation=accumulation,
         threads_per_rank=threads,
         hosts=tuple(
@@ -153,7 +158,9 @@ def make_plan(
                 device_name=machine.device_name,
                 num_devices=devices,
                 assumed=assumed and number > 0,
-                visible=_slice(number, devices) if shared else None,
+                devices=(
+                    tuple(range(number * devices, (number + 1) * devices)) if shared else None
+                ),
             )
             for number, machine in enumerate(machines)
         ),
@@ -222,10 +229,6 @@ def _devices(
     return devices
 
 
-def _slice(node: int, devices: int) -> str:
-    return ",".join(str(number) for number in range(node * devices, (node + 1) * devices))
-
-
 def _strategy(config: RunConfig, accelerator: str, reasons: list[Reason]) -> str:
     if config.strategy != "auto":
         if accelerator not in entry(config.strategy).accelerators:
@@ -244,6 +247,18 @@ def _strategy(config: RunConfig, accelerator: str, reasons: list[Reason]) -> str
     why = "every rank holds the whole model; gradients are averaged once an optimizer step"
     reasons.append(Reason(choice="strategy", value=fitting[0], why=why))
     return fitting[0]
+
+
+def _check_packages(strategy: str, machines: Sequence[Machine]) -> None:
+    """UserError where the strategy's framework is missing, or cannot use the accelerator."""
+    package = entry(strategy).package
+    for machine in machines:
+        check_framework(machine)
+        if package not in machine.versions:
+            raise UserError(
+                f"{machine.hostname} lacks {package}, which the strategy {strategy} needs. "
+                f"Install a build of it that fits the machine: pip install {package}."
+            )
 
 
 def _precision(
@@ -273,33 +288,31 @@ def _batch_fits(config: RunConfig, world_size: int, mode: str) -> None:
         )
 
 
-def _micro_batch(
-    config: RunConfig, world_size: int, accelerator: str, reasons: list[Reason]
-) -> tuple[int, int]:
+def _micro_batch(config: RunConfig, world_size: int, accelerator: str) -> tuple[int, int]:
     """(samples of a micro-batch at most, micro-batches of a rank in an optimizer step)."""
+    share = math.ceil(config.train.global_batch_size / world_size)
+    bound = config.train.per_device_train_batch_size or _MICRO_BATCH[accelerator]
+    accumulation = math.ceil(share / bound)
+    return math.ceil(share / accumulation), accumulation
+
+
+def _explain_batch(
+    config: RunConfig,
+    world_size: int,
+    accelerator: str,
+    micro_batch: int,
+    accumulation: int,
+    reasons: list[Reason],
+) -> None:
     size = config.train.global_batch_size
-    share = math.ceil(size / world_size)
     asked = config.train.per_device_train_batch_size
     bound = asked or _MICRO_BATCH[accelerator]
-    accumulation = math.ceil(share / bound)
-    micro_batch = math.ceil(share / accumulation)
     origin = "train.per_device_train_batch_size" if asked else f"the default on {accelerator}"
-    reasons.append(
-        Reason(
-            choice="micro-batch",
-            value=str(micro_batch),
-            why=f"{share} samples a rank of a global batch of {size}, at most {bound} at once "
-            f"({origin})",
-        )
-    )
-    reasons.append(
-        Reason(
-            choice="accumulation",
-            value=str(accumulation),
-            why=f"{accumulation} micro-batch(es) a rank, then one exchange of gradients",
-        )
-    )
-    return micro_batch, accumulation
+    share = math.ceil(size / world_size)
+    why = f"{share} samples a rank of a global batch of {size}, at most {bound} at once ({origin})"
+    reasons.append(Reason(choice="micro-batch", value=str(micro_batch), why=why))
+    why = f"{accumulation} micro-batch(es) a rank, then one exchange of gradients"
+    reasons.append(Reason(choice="accumulation", value=str(accumulation), why=why))
 
 
 def _threads(machine: Machine, world_size: int, reasons: list[Reason]) -> int:

@@ -1,7 +1,7 @@
 """The loss scale of fp16 as plain arithmetic, shared by every framework.
 
-The same numbers as torch's GradScaler, with a floor: after an overflow the scale halves, after
-`window` applied steps in a row it doubles.
+The rule of torch's GradScaler, with a floor and DeepSpeed's window: after an overflow the scale
+halves, after `window` applied steps in a row it doubles.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class _Stop:
 
 def _run(world, listen_fd, options, folder, stop_at=None, precision="fp32", micro_batch=4):
     """Every message of this rank. The stop is asked of the last rank alone."""
-    messages = []
+    messages: list[object] = []
     session.train(
         session.SessionRequest(
             options=options,
@@ -191,7 +191,7 @@ def test_evaluation_is_the_same_on_any_ranks_and_batches(folders, tmp_path):
 
 
 def _evaluate_with(world, listen_fd, options, folder, batch):
-    messages = []
+    messages: list[object] = []
     session.train(
         session.SessionRequest(
             options=options,

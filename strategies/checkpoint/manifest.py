@@ -33,7 +33,7 @@ class CheckpointDamaged(FtlaunchError):
 class Manifest:
     """Everything of a checkpoint that is not a tensor.
 
-    identity         what makes two jobs the same job (see `JobIdentity`)
+    identity         what makes two jobs the same job (see `identity.job_identity`)
     step             optimizer steps done, skipped ones included: the data cursor
     applied_steps    optimizer steps that changed the weights: the schedule's and AdamW's clock
     files            name → size in bytes of every shard

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import logging
 import resource
 from collections.abc import Iterable, Iterator, Mapping
@@ -184,13 +185,13 @@ class TorchDataParallel:
         unused = any(p.grad is None for _, p in self._named)
         self._optimizer.zero_grad(set_to_none=True)
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            self.model,
-            device_ids=device_ids,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=unused,
-        )
+        arguments: dict[str, Any] = {
+            "device_ids": device_ids,
+            "gradient_as_bucket_view": True,
+            "find_unused_parameters": unused,
+            **_without_buffer_sync(),
+        }
+        return DistributedDataParallel(self.model, **arguments)
 
     # -- forward ----------------------------------------------------------------------------
 
@@ -327,6 +328,15 @@ class TorchDataParallel:
             save_model(self.model, folder, dtype=_DTYPES[dtype])
 
 
+def _without_buffer_sync() -> dict[str, bool]:
+    """Buffers are equal everywhere from the start; torch 2.13 renamed the switch."""
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return {name: False}
+
+
 def _copy_from(reader: StateReader, kind: str, name: str, tensor: torch.Tensor) -> None:
+    if tensor.numel() == 0:
+        return  # no slice holds it
     values = np.array(reader.read(kind, name, 0, tensor.numel()))
     tensor.copy_(torch.from_numpy(values).reshape(tensor.shape))
