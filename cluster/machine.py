@@ -1,4 +1,4 @@
-"""What one host has to train with. Imports no framework and chooses nothing.
+"""What one host has to train with. Imports no framework, chooses nothing, asks no driver itself.
 
 Whatever a program, a file or another host says is taken as a claim: what cannot be read becomes a
 note for the user, never an exception.
@@ -13,21 +13,19 @@ import importlib.util
 import os
 import platform
 import re
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
+from ftlaunch.cluster.ascend import cann_version, find_npus
+from ftlaunch.cluster.device import Device
 from ftlaunch.cluster.errors import UserError
 
 Accelerator = Literal["cuda", "ascend", "cpu"]
 
 _DISTRIBUTIONS = ("ftlaunch", "torch", "transformers", "datasets", "mindspore")
 _PACKAGES = ("cluster", "launcher", "strategies")
-_NPU_SMI_TIMEOUT_SECONDS = 10
-_MIB = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,26 +95,20 @@ _FIELD_CHECKS: Mapping[str, Callable[[Any], bool]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Device:
-    # UUID of a GPU or of a slice of one, bus address of an NPU.
-    identifier: str
-    name: str
-    memory_bytes: int
-    fast_bf16: bool
-
-
 def detect_machine(environ: Mapping[str, str], root: Path = Path("/")) -> Machine:
     """What this host has, as far as `environ` lets this process see it.
 
     `root` is where /dev, /proc, /sys and /usr/local are looked up.
     """
+    # It loads pynvml, which a process that only handles the record does not need.
+    from ftlaunch.cluster.nvidia import find_gpus
+
     notes: list[str] = []
     versions = _find_versions()
     memory_bytes = _memory_bytes(root)
-    gpus, nvidia_driver = _find_gpus(environ, memory_bytes, notes)
-    npus, ascend_driver = _find_npus(environ, root, notes)
-    if cann := _cann_version(environ, root):
+    gpus, nvidia_driver = find_gpus(environ, memory_bytes, notes)
+    npus, ascend_driver = find_npus(environ, root, notes)
+    if cann := cann_version(environ, root):
         versions["cann"] = cann
 
     accelerator: Accelerator
@@ -175,244 +167,13 @@ def check_framework(machine: Machine) -> None:
         )
 
 
-def _find_gpus(
-    environ: Mapping[str, str], host_memory_bytes: int, notes: list[str]
-) -> tuple[list[_Device], str | None]:
-    """The GPUs that CUDA would show to this process, and the version of the driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
-        return [], None
-    except pynvml.NVMLError as error:
-        notes.append(f"The NVIDIA driver does not answer ({error}): its GPUs cannot be used.")
-        return [], None
-
-    def describe(handle: Any, gpu: Any) -> _Device:
-        try:
-            memory_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-        except pynvml.NVMLError_NotSupported:
-            # Chips that share the memory of the host have none to report.
-            memory_bytes = host_memory_bytes
-        return _Device(
-            identifier=pynvml.nvmlDeviceGetUUID(handle),
-            name=pynvml.nvmlDeviceGetName(handle),
-            memory_bytes=memory_bytes,
-            fast_bf16=pynvml.nvmlDeviceGetCudaComputeCapability(gpu) >= (8, 0),
-        )
-
-    devices: list[_Device] = []
-    by_name: dict[str, _Device] = {}
-    driver: str | None = None
-    try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            try:
-                gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
-                slices = _mig_handles(gpu)
-                if slices == []:
-                    notes.append(f"GPU {index} is in MIG mode but holds no MIG device.")
-                    continue
-                parts = [describe(handle, gpu) for handle in slices or (gpu,)]
-                by_name.update({part.identifier: part for part in parts})
-                # A GPU in MIG mode, when named as a whole, is its first slice to CUDA.
-                by_name[pynvml.nvmlDeviceGetUUID(gpu)] = parts[0]
-                devices.append(parts[0])
-            except pynvml.NVMLError as error:
-                notes.append(f"GPU {index} does not answer ({error}) and is left out.")
-    except pynvml.NVMLError as error:
-        notes.append(f"The NVIDIA driver does not answer ({error}): its GPUs cannot be used.")
-    finally:
-        pynvml.nvmlShutdown()
-    visible = _visible(environ, "CUDA_VISIBLE_DEVICES", devices, by_name, "NVIDIA GPU", notes)
-    return visible, driver
-
-
-def _mig_handles(gpu: Any) -> list[Any] | None:
-    """The slices of a GPU in MIG mode; None when it is not sliced."""
-    import pynvml
-
-    try:
-        current, _ = pynvml.nvmlDeviceGetMigMode(gpu)
-    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):
-        return None
-    if current != pynvml.NVML_DEVICE_MIG_ENABLE:
-        return None
-    handles = []
-    for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
-        try:
-            handles.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index))
-        except pynvml.NVMLError_NotFound:
-            continue
-    return handles
-
-
-def _visible(
-    environ: Mapping[str, str],
-    variable: str,
-    devices: Sequence[_Device],
-    by_name: Mapping[str, _Device],
-    kind: str,
-    notes: list[str],
-) -> list[_Device]:
-    """The devices that `variable` leaves, in its order, by the rules of the CUDA driver.
-
-    Entries are indices or unambiguous beginnings of an identifier; the list ends at the first
-    entry that is neither; an entry that occurs twice leaves no device at all.
-    """
-    value = environ.get(variable)
-    if value is None or not devices:
-        return list(devices)
-    chosen: list[_Device] = []
-    for entry in value.split(","):
-        device = _look_up(entry.strip(), devices, by_name)
-        if device is None:
-            if entry.strip() not in ("", "-1"):
-                notes.append(f"{variable}={value!r} ends at {entry.strip()!r}: no such {kind}.")
-            break
-        if device in chosen:
-            notes.append(f"{variable}={value!r} names one {kind} twice, which hides all of them.")
-            chosen = []
-            break
-        chosen.append(device)
-    if (hidden := len(devices) - len(chosen)) > 0:
-        are = f"{kind} is" if hidden == 1 else f"{kind}s are"
-        notes.append(f"{hidden} {are} hidden by {variable}={value!r}.")
-    return chosen
-
-
-def _look_up(
-    entry: str, devices: Sequence[_Device], by_name: Mapping[str, _Device]
-) -> _Device | None:
-    # The driver reads numbers like strtoul: "1x" is 1.
-    if number := re.match(r"\+?(\d{1,6})", entry):
-        index = int(number[1])
-        return devices[index] if index < len(devices) else None
-    if not entry.startswith(("GPU-", "MIG-")):
-        return None
-    matches = [device for name, device in by_name.items() if name.startswith(entry)]
-    return matches[0] if len(matches) == 1 else None
-
-
-def _find_npus(
-    environ: Mapping[str, str], root: Path, notes: list[str]
-) -> tuple[list[_Device], str | None]:
-    """The Ascend NPUs that are visible to this process, and the version of the driver."""
-    nodes = sorted(
-        (path.name for path in (root / "dev").glob("davinci*")),
-        key=lambda name: (len(name), name),
-    )
-    nodes = [name for name in nodes if re.fullmatch(r"davinci\d+", name)]
-    output, complaint = _run_npu_smi(environ)
-    devices = _parse_npu_smi(output, notes)
-    if not devices and nodes:
-        notes.append(
-            f"{len(nodes)} NPUs were counted in /dev, since {complaint}: "
-            "their model and memory are unknown."
-        )
-        devices = [
-            _Device(identifier=name, name="Ascend NPU", memory_bytes=0, fast_bf16=False)
-            for name in nodes
-        ]
-    driver = re.search(r"\bVersion:\s*([\w.]{1,40})", output)
-    visible = _visible(environ, "ASCEND_RT_VISIBLE_DEVICES", devices, {}, "Ascend NPU", notes)
-    return visible, driver[1] if driver else None
-
-
-def _run_npu_smi(environ: Mapping[str, str]) -> tuple[str, str]:
-    """What `npu-smi info` prints, empty when it fails, and what to say when no NPU is in it."""
-    program = shutil.which("npu-smi", path=environ.get("PATH", os.defpath))
-    if program is None:
-        return "", "npu-smi is not on PATH"
-    try:
-        done = subprocess.run(
-            [program, "info"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            env=dict(environ),
-            timeout=_NPU_SMI_TIMEOUT_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        return "", f"npu-smi did not answer within {_NPU_SMI_TIMEOUT_SECONDS} s"
-    except OSError as error:
-        return "", f"npu-smi cannot be run ({error.strerror})"
-    if done.returncode != 0:
-        return "", f"npu-smi failed with exit code {done.returncode}"
-    return done.stdout.decode(errors="replace"), "the output of npu-smi cannot be read"
-
-
-def _parse_npu_smi(output: str, notes: list[str]) -> list[_Device]:
-    """One device per chip. A chip takes two rows, of three cells each:
-
-        | NPU  Name        | Health  | Power(W)  Temp(C)  Hugepages-Usage(page)    |
-        | Chip [Phy-ID]    | Bus-Id  | AICore(%)  Memory-Usage(MB) [HBM-Usage(MB)] |
-
-    Where there is HBM its usage comes last; the other memory is then that of the control CPU.
-    """
-    devices: list[_Device] = []
-    npu: re.Match[str] | None = None
-    health = ""
-    for line in output.splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if len(cells) != 3:
-            continue
-        if re.fullmatch(r"[0-9A-Fa-f]{4}:[0-9A-Za-z]{2}:[0-9A-Za-z]{2}\.\d", cells[1]):
-            usages = re.findall(r"\d+\s*/\s*(\d{1,9})\b", cells[2])
-            if npu is None or not usages:
-                continue
-            chip = re.sub(r"^Ascend[ _-]?", "", npu[2])
-            if health != "OK":
-                notes.append(f"NPU {npu[1]} (Ascend {chip}) reports health {health!r}.")
-            devices.append(
-                _Device(
-                    # Bus addresses repeat where chips share one or an administrator masks them.
-                    identifier=f"{len(devices)}@{cells[1]}",
-                    name=f"Ascend {chip}",
-                    memory_bytes=int(usages[-1]) * _MIB,
-                    fast_bf16=_chip_has_bf16(chip),
-                )
-            )
-            npu = None
-        else:
-            npu = re.fullmatch(r"(\d{1,4})\s+([\w.-]{1,40})", cells[0])
-            health = cells[1][:40]
-    return devices
-
-
-def _chip_has_bf16(chip: str) -> bool:
-    """The first generation has none, and its names end in a letter: 910A, 910B, 910ProA.
-
-    The second adds a digit (910B3); the third is printed as a bare 910, or as 910_93xx.
-    """
-    return re.match(r"910(B\d|_?93|C|$)|9[5-9]\d", chip) is not None
-
-
-def _cann_version(environ: Mapping[str, str], root: Path) -> str | None:
-    homes = [root / "usr/local/Ascend" / name for name in ("ascend-toolkit/latest", "cann")]
-    if given := environ.get("ASCEND_HOME_PATH"):
-        homes = [Path(given)]
-    for home in homes:
-        for info in sorted(home.glob("*-linux/ascend_toolkit_install.info")):
-            if found := re.search(r"^version=([\w.-]{1,40})$", _read(info), re.MULTILINE):
-                return found[1]
-        # Every installation appends its own [package version:CANN version].
-        if found := re.search(
-            r"^toolkit_installed_version=.*:([\w.-]{1,40})\]$",
-            _read(home / "version.cfg"),
-            re.MULTILINE,
-        ):
-            return found[1]
-    return None
-
-
-def _find_cpu(root: Path, memory_bytes: int) -> _Device:
+def _find_cpu(root: Path, memory_bytes: int) -> Device:
     fields: dict[str, str] = {}
     for line in _read(root / "proc/cpuinfo").splitlines():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
     flags = {*fields.get("flags", "").split(), *fields.get("Features", "").split()}
-    return _Device(
+    return Device(
         identifier="",
         # Arm writes no model name.
         name=fields.get("model name") or f"{platform.machine()} CPU",
