@@ -18,8 +18,6 @@ MODULE = (sys.executable, "-m", "ftlaunch.launcher")
 SCRIPT = (str(Path(sys.executable).with_name("ftlaunch")),)
 # Inherited by every process of a job, so that its agents can be told from those of another.
 _COMMAND_VARIABLE = "FTLAUNCH_TEST_COMMAND"
-# Where other work holds a core, OpenMP threads that spin for one another make a step take seconds.
-_PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 _POLL_SECONDS = 0.02
 
 _GOOD = ("bright", "calm", "clever", "lovely", "warm")
@@ -55,7 +53,7 @@ def start(
     process = subprocess.Popen(
         [*command, *words],
         cwd=cwd,
-        env={**os.environ, **_PATIENT_THREADS, **(env or {}), _COMMAND_VARIABLE: " ".join(words)},
+        env={**os.environ, **(env or {}), _COMMAND_VARIABLE: " ".join(words)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,0 +1,129 @@
+"""The plan: pure, with a reason for each choice, and back from JSON as it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from ftlaunch.cluster.errors import UserError
+from ftlaunch.cluster.machine import Machine
+from ftlaunch.launcher.config import load_config
+from ftlaunch.launcher.job import rank_starts
+from ftlaunch.launcher.plan import LaunchPlan, make_plan
+
+CPU = Machine(
+    hostname="here",
+    accelerator="cpu",
+    device_name="Some CPU",
+    num_devices=1,
+    device_memory_bytes=1 << 34,
+    fast_bf16=False,
+    cpu_cores=8,
+    memory_bytes=1 << 34,
+    versions={"torch": "2.13.0"},
+    code_fingerprint="abc",
+    notes=(),
+)
+GPU = replace(
+    CPU,
+    accelerator="cuda",
+    device_name="Some GPU",
+    num_devices=4,
+    fast_bf16=True,
+    versions={"torch": "2.13.0", "torch_cuda": "12.8"},
+)
+
+
+def _plan(*machines, **flags):
+    overrides = flags.pop("overrides", [])
+    config = load_config(file=None, flags=flags, overrides=overrides)
+    machines = machines or (CPU,) * config.cluster.nodes
+    return make_plan(config, machines, output_dir="out")
+
+
+def test_four_nodes_on_one_cpu_machine():
+    """32 samples over 4 ranks: 8 each, in one micro-batch of at most 8; 8 cores, 2 threads each."""
+    plan = _plan(nodes=4)
+    assert (plan.world_size, plan.micro_batch, plan.accumulation) == (4, 8, 1)
+    assert plan.threads_per_rank == 2
+    assert (plan.strategy, plan.precision) == ("ddp", "fp32")
+    choices = {reason.choice for reason in plan.reasons}
+    assert {"cluster", "devices", "strategy", "precision", "micro-batch", "accumulation"} <= choices
+    assert all(reason.why for reason in plan.reasons)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "batch", "bound", "expected"),
+    [
+        (1, 32, 8, (8, 4)),
+        (3, 32, 4, (4, 3)),  # 11 a rank at most, in 3 micro-batches of 4
+        (5, 7, 8, (2, 1)),
+        (7, 7, 1, (1, 1)),
+        (2, 33, 16, (9, 2)),  # 17 a rank, in 2 micro-batches of 9 rather than 16 and 1
+    ],
+)
+def test_micro_batch_and_accumulation(nodes, batch, bound, expected):
+    overrides = [
+        f"train.global_batch_size={batch}",
+        f"train.per_device_train_batch_size={bound}",
+    ]
+    plan = _plan(nodes=nodes, overrides=overrides)
+    assert (plan.micro_batch, plan.accumulation) == expected
+
+
+def test_threads_never_exceed_the_cores():
+    assert _plan(nodes=16, devices=2).threads_per_rank == 1
+
+
+@pytest.mark.parametrize(
+    ("machine", "precision"),
+    [
+        (CPU, "fp32"),
+        (replace(CPU, fast_bf16=True), "bf16"),
+        (GPU, "bf16"),
+        (replace(GPU, fast_bf16=False), "fp16"),
+    ],
+)
+def test_automatic_precision(machine, precision):
+    assert _plan(machine).precision == precision
+
+
+def test_nodes_share_the_gpus_that_the_user_left_visible(monkeypatch, tmp_path):
+    plan = _plan(GPU, GPU, nodes=2)
+    assert plan.world_size == 4
+    assert [host.devices for host in plan.hosts] == [(0, 1), (2, 3)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
+    starts = rank_starts(plan, 20000, tmp_path)
+    seen = [[rank.env["CUDA_VISIBLE_DEVICES"] for rank in ranks] for ranks in starts]
+    assert seen == [["7,5", "7,5"], ["3,1", "3,1"]]
+    assert [[rank.env["LOCAL_RANK"] for rank in ranks] for ranks in starts] == [["0", "1"]] * 2
+
+
+def test_the_plan_survives_json(tmp_path):
+    plan = _plan(nodes=2, overrides=["model.freeze=[base_model]", "train.class_weights=[1, 2]"])
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan.to_json()))
+    assert LaunchPlan.read(path) == plan
+
+
+@pytest.mark.parametrize(
+    ("machines", "flags", "message"),
+    [
+        ((), {"nodes": 33}, "global batch of 32 cannot be spread over 33 ranks"),
+        ((GPU,) * 5, {"nodes": 5}, "5 nodes on this machine would share 4"),
+        ((GPU,), {"devices": 5}, "--devices 5 .* has 4"),
+        ((replace(CPU, versions={}),), {}, "lacks torch"),
+        ((replace(GPU, versions={"torch": "2.13.0"}),), {}, "CPU build"),
+        ((replace(CPU, accelerator="ascend"),), {}, "no strategy of this version runs on ascend"),
+        ((CPU, GPU), {"nodes": 2}, "different accelerators"),
+        ((), {"strategy": "dpp"}, "no strategy 'dpp'.*Did you mean 'ddp'"),
+        ((), {"cluster": "slurm"}, "this machine only"),
+        ((), {"hostfile": "hosts"}, "this machine only"),
+        ((), {"task": "text-clasification"}, "text-classification"),
+    ],
+)
+def test_what_cannot_be_done_is_said(machines, flags, message):
+    with pytest.raises(UserError, match=message):
+        _plan(*machines, **flags)
