@@ -75,7 +75,8 @@ class Agent:
         try:
             while self._selector.get_map():
                 for key, _ in self._selector.select():
-                    if not key.data():
+                    # What came before it in this round may have closed it.
+                    if self._selector.get_map().get(key.fd) is key and not key.data():
                         return
         finally:
             self._kill_all()

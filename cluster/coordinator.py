@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import selectors
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -103,12 +104,19 @@ class Coordinator:
     def stop_requested(self) -> bool:
         return self._signals.count > 0
 
+    @property
+    def hurried(self) -> bool:
+        """Ctrl-C was pressed again after a first request to stop."""
+        return self._signals.hurry
+
     # -- before the ranks -------------------------------------------------------------------
 
     def machines(self) -> list[Machine]:
         """Wait until every agent has said what its machine is."""
         found: dict[int, Machine] = {}
         for number, event in self._events_until(_HELLO_SECONDS, lambda: len(found) < self._size):
+            if event is None:
+                raise self._agent_lost(number)
             if isinstance(event, Hello):
                 found[number] = Machine.from_dict(event.machine)
         if len(found) < self._size and not self.stop_requested:
@@ -122,12 +130,20 @@ class Coordinator:
     def bind(self, address: str, port: int) -> int:
         """Have node 0 hold the rendezvous port. UserError when it is taken."""
         self._nodes[0].send(Bind(address=address, port=port))
-        for _, event in self._events_until(_HELLO_SECONDS, lambda: True):
+        for number, event in self._events_until(_HELLO_SECONDS, lambda: True):
+            if event is None:
+                raise self._agent_lost(number)
             if isinstance(event, Bound):
                 return event.port
             if isinstance(event, Refused):
                 raise (UserError if event.user else JobError)(event.reason)
         raise JobError("the agent of node 0 did not answer when asked for a port")
+
+    def _agent_lost(self, number: int) -> JobError:
+        node = self._nodes[number]
+        return JobError(
+            f"the agent on {node.name} has ended; its last words are in {node.log_path}"
+        )
 
     @property
     def _size(self) -> int:
@@ -153,12 +169,15 @@ class Coordinator:
         attempt = _Attempt(starts, [node.name for node in self._nodes])
         for node, ranks in zip(self._nodes, starts, strict=True):
             node.send(Start(ranks=list(ranks)))
+        for number in self._lost:
+            attempt.take(number, None, on_message)
         stop_deadline: float | None = None
         while not attempt.over:
             for number, event in self._poll(0.2):
                 attempt.take(number, event, on_message)
             if self._signals.count and stop_deadline is None:
                 stop_deadline = time.monotonic() + stop_seconds
+                attempt.stopping = True
                 on_stop()
                 for node in self._nodes:
                     node.send(Stop())
@@ -170,7 +189,7 @@ class Coordinator:
                 attempt.end(title)
             if self._given_up is not None:
                 attempt.end(self._given_up)
-        if attempt.failures:
+        if attempt.failures or attempt.unfinished:
             self.kill()
         return attempt.outcome()
 
@@ -226,6 +245,8 @@ class _Attempt:
         self._ranks_of = [[start.rank for start in ranks] for ranks in starts]
         self._node_names = node_names
         self._codes: set[int] = set()
+        self.stopping = False
+        self._leave_by: float | None = None
         self.failures: list[Failure] = []
         self._judged_at: float | None = None
 
@@ -233,7 +254,13 @@ class _Attempt:
     def over(self) -> bool:
         if self._judged_at is not None:
             return time.monotonic() >= self._judged_at
+        if self._leave_by is not None and time.monotonic() >= self._leave_by:
+            return True
         return not self._running
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self._running)
 
     def take(self, number: int, event: Event | None, on_message: OnMessage) -> None:
         if event is None:
@@ -255,9 +282,15 @@ class _Attempt:
 
     def _exited(self, number: int, event: Exited) -> None:
         self._running.discard(event.rank)
-        if event.signal is not None:
+        # SIGTERM itself ends a rank that has not come to the point of handling it.
+        if event.code == EXIT_STOPPED or (self.stopping and event.signal == signal.SIGTERM):
+            # A rank leaves with that code when nothing is left to save. Others may wait for it in
+            # a call that no signal interrupts: they get a moment, then they are ended.
+            self._codes.add(EXIT_STOPPED)
+            self._leave_by = self._leave_by or time.monotonic() + _LEAVE_SECONDS
+        elif event.signal is not None:
             self._fail(number, event.rank, "signal", signal_in_words(event.signal), "")
-        elif event.code in (0, EXIT_STOPPED):
+        elif event.code == 0:
             self._codes.add(event.code)
         elif not any(failure.rank == event.rank for failure in self.failures):
             self._fail(number, event.rank, "exit", f"exit code {event.code}", "")

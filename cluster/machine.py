@@ -50,10 +50,18 @@ class Machine:
     code_fingerprint: str
     # Sentences for the user.
     notes: tuple[str, ...]
+    # The names under which the driver knows the devices, in their order; none for cpu.
+    device_ids: tuple[str, ...] = ()
+    # Why GPUs that are there cannot be used; empty when they can or there are none.
+    unusable: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON knows it."""
-        return {**dataclasses.asdict(self), "notes": list(self.notes)}
+        return {
+            **dataclasses.asdict(self),
+            "notes": list(self.notes),
+            "device_ids": list(self.device_ids),
+        }
 
     @classmethod
     def from_dict(cls, data: object) -> Machine:
@@ -71,7 +79,12 @@ class Machine:
             if not _FIELD_CHECKS[str(field.type)](value):
                 raise ValueError(f"machine with {field.name} of {value!r:.80}: not {field.type}")
             values[field.name] = value
-        return cls(**{**values, "versions": dict(values["versions"]), "notes": (*values["notes"],)})
+        values["versions"] = dict(values["versions"])
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**fields)
 
 
 def _is_count(value: object) -> bool:
@@ -101,7 +114,7 @@ def detect_machine(environ: Mapping[str, str], root: Path = Path("/")) -> Machin
     `root` is where /dev, /proc, /sys and /usr/local are looked up.
     """
     # It loads pynvml, which a process that only handles the record does not need.
-    from ftlaunch.cluster.nvidia import find_gpus
+    from ftlaunch.cluster.nvidia import find_gpus, wants_gpus
 
     notes: list[str] = []
     versions = _find_versions()
@@ -123,6 +136,9 @@ def detect_machine(environ: Mapping[str, str], root: Path = Path("/")) -> Machin
         accelerator, devices, driver = "ascend", npus, ascend_driver
     else:
         accelerator, devices, driver = "cpu", [_find_cpu(root, memory_bytes)], None
+    unusable = ""
+    if not gpus and wants_gpus(environ) and any((root / "dev").glob("nvidia[0-9]*")):
+        unusable = "it has NVIDIA GPUs (/dev/nvidia0, ...), but the driver shows none of them"
     if driver:
         versions["driver"] = driver
     if len(names := {device.name for device in devices}) > 1:
@@ -140,12 +156,21 @@ def detect_machine(environ: Mapping[str, str], root: Path = Path("/")) -> Machin
         versions=versions,
         code_fingerprint=_code_fingerprint(),
         notes=tuple(notes),
+        device_ids=tuple(device.identifier for device in devices if device.identifier),
+        unusable=unusable,
     )
 
 
 def check_framework(machine: Machine) -> None:
     """UserError when the installed framework cannot use the accelerator of `machine`."""
     versions = machine.versions
+    if machine.unusable:
+        said = f" ({' '.join(machine.notes)})" if machine.notes else ""
+        raise UserError(
+            f"{machine.hostname} cannot use its accelerators: {machine.unusable}{said}. Training "
+            "would run on the CPU without a word. Repair the driver (does nvidia-smi work?), or "
+            "set CUDA_VISIBLE_DEVICES= to train on the CPU on purpose."
+        )
     devices = f"{machine.hostname} has {machine.num_devices} x {machine.device_name}"
     if machine.accelerator == "cuda" and "torch_cuda" not in versions:
         torch = (

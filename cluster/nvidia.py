@@ -40,6 +40,11 @@ def find_gpus(
     return visible_devices(environ, "CUDA_VISIBLE_DEVICES", devices, look_up, kind, notes), driver
 
 
+def wants_gpus(environ: Mapping[str, str]) -> bool:
+    """False where the user has hidden every GPU."""
+    return environ.get("CUDA_VISIBLE_DEVICES", "all").strip() not in ("", "-1", "NoDevFiles")
+
+
 def _no_answer(error: Exception) -> str:
     return f"The NVIDIA driver does not answer ({error}): its GPUs cannot be used."
 

@@ -102,7 +102,13 @@ def run(argv: Sequence[str]) -> int:
         print(f"ftlaunch {version('ftlaunch')}")
         return 0
 
-    from ftlaunch.cluster.errors import EXIT_FAILED, EXIT_USER_MISTAKE, FtlaunchError, UserError
+    from ftlaunch.cluster.errors import (
+        EXIT_FAILED,
+        EXIT_INTERRUPTED,
+        EXIT_USER_MISTAKE,
+        FtlaunchError,
+        UserError,
+    )
     from ftlaunch.launcher.commands import evaluate, train
 
     try:
@@ -111,6 +117,12 @@ def run(argv: Sequence[str]) -> int:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return EXIT_USER_MISTAKE
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return EXIT_USER_MISTAKE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except FtlaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED

@@ -14,6 +14,7 @@ from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.job import run_job, show_plan
 from ftlaunch.launcher.plan import LaunchPlan
 from ftlaunch.strategies.data.demo import DEMO_OPTIONS
+from ftlaunch.strategies.model_config import absolute_path
 
 
 def train(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
@@ -35,7 +36,7 @@ def _config(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> RunConfi
 
 def evaluate(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
     """Evaluate a job's finished model, or any fine-tuned one, on the data that is named."""
-    target = Path(arguments.target).expanduser().absolute()
+    target = absolute_path(arguments.target)
     model, defaults = _what_to_evaluate(target, arguments.target)
     file = Path(arguments.config) if arguments.config is not None else None
     config = load_config(
@@ -44,6 +45,11 @@ def evaluate(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
         overrides=arguments.overrides,
         defaults=defaults,
     )
+    if config.output_dir is not None and (Path(config.output_dir) / "checkpoints").exists():
+        raise UserError(
+            f"the output folder {config.output_dir} holds a training job, whose plan and summary "
+            "an evaluation would replace. Choose another with --output-dir, or leave it out."
+        )
     with Console(sys.stdout) as console:
         if arguments.dry_run:
             return show_plan(config, console, mode="eval")
@@ -52,6 +58,8 @@ def evaluate(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
 
 def _what_to_evaluate(target: Path, name: str) -> tuple[str, dict[str, Any]]:
     """(model, the settings that its job had); a hub name stays as it is."""
+    from ftlaunch.strategies.metrics import SHIPPED_METRICS  # it loads numpy
+
     if not (target / "plan.json").is_file():
         return (str(target) if target.exists() else name), {}
     if not (target / "model").is_dir():
@@ -60,12 +68,15 @@ def _what_to_evaluate(target: Path, name: str) -> tuple[str, dict[str, Any]]:
             "or name a model folder."
         )
     options = LaunchPlan.read(target / "plan.json").options
+    # A folder may come from somebody else: any other metric is a script that would be run.
+    names = options.train.metrics
+    metrics = None if names is None else tuple(n for n in names if n in SHIPPED_METRICS)
     defaults = {
         "output_dir": str(target / "eval"),
         "task": options.task,
         "data.text_columns": options.data.text_columns,
         "data.label_column": options.data.label_column,
         "data.max_length": options.data.max_length,
-        "train.metrics": options.train.metrics,
+        "train.metrics": metrics or None,
     }
     return str(target / "model"), defaults

@@ -20,7 +20,7 @@ import yaml
 from annotated_types import Ge, Gt, Le
 
 from ftlaunch.cluster.errors import UserError
-from ftlaunch.strategies.model_config import looks_local
+from ftlaunch.strategies.model_config import absolute_path, looks_local
 from ftlaunch.strategies.options import (
     CheckpointOptions,
     DataOptions,
@@ -29,14 +29,14 @@ from ftlaunch.strategies.options import (
     TrainOptions,
 )
 
-_FORBID_UNKNOWN = {"extra": "forbid"}
+_STRICT = {"extra": "forbid", "allow_inf_nan": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterOptions:
     """Where the job runs, and how its processes are treated."""
 
-    __pydantic_config__ = _FORBID_UNKNOWN
+    __pydantic_config__ = _STRICT
 
     kind: Literal["auto", "local", "ssh", "slurm"] = "auto"
     nodes: Annotated[int, Gt(0)] = 1
@@ -56,7 +56,7 @@ class ClusterOptions:
 class RunConfig:
     """One run as asked for. `strategy` and `precision` may be "auto"."""
 
-    __pydantic_config__ = _FORBID_UNKNOWN
+    __pydantic_config__ = _STRICT
 
     task: str = "text-classification"
     strategy: str = "auto"
@@ -362,12 +362,10 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     """Workers may start in another folder: paths are made absolute where the user typed them."""
 
     def absolute(name: str | None) -> str | None:
-        if name is None or not looks_local(name):
-            return name
-        return str(Path(name).expanduser().absolute())
+        return str(absolute_path(name)) if name is not None and looks_local(name) else name
 
     def always(name: str | None) -> str | None:
-        return None if name is None else str(Path(name).expanduser().absolute())
+        return None if name is None else str(absolute_path(name))
 
     return dataclasses.replace(
         config,

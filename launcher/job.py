@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from ftlaunch.cluster.errors import (
     EXIT_INTERRUPTED,
     EXIT_STOPPED,
     EXIT_USER_MISTAKE,
+    UserError,
 )
 from ftlaunch.cluster.events import Failure, RankStart
 from ftlaunch.cluster.machine import Machine, detect_machine
@@ -24,7 +26,7 @@ from ftlaunch.cluster.transport import python_command
 from ftlaunch.cluster.world import World
 from ftlaunch.launcher.config import RunConfig
 from ftlaunch.launcher.console import Console
-from ftlaunch.launcher.output_folder import OutputFolder
+from ftlaunch.launcher.output_folder import OWN_NAMES, OutputFolder
 from ftlaunch.launcher.plan import LaunchPlan, make_plan
 from ftlaunch.launcher.recorder import Recorder
 from ftlaunch.launcher.report import write_report
@@ -42,6 +44,7 @@ from ftlaunch.strategies.progress import (
 
 Mode = Literal["train", "eval"]
 _ADDRESS = "127.0.0.1"
+_PLAN_OF_RANKS = "plan-of-ranks.json"
 
 
 @dataclass(slots=True)
@@ -94,9 +97,24 @@ def run_job(config: RunConfig, console: Console, *, overwrite: bool, mode: Mode 
     machine = detect_machine(os.environ)
     folder = default_output_dir(config)
     make_plan(config, [machine] * config.cluster.nodes, output_dir=str(folder), mode=mode)
+    if overwrite:
+        _keep_input(config, folder)
     with OutputFolder(folder, overwrite=overwrite):
         config = prepare_demo(config) if config.is_demo else config
         return _Job(config, folder, console, started, mode).run()
+
+
+def _keep_input(config: RunConfig, folder: Path) -> None:
+    """UserError when --overwrite would delete what the job is to be made from."""
+    for name in (config.model.name_or_path, config.model.tokenizer, config.data.name_or_path):
+        inside = name is not None and any(
+            Path(name).is_relative_to(folder / own) for own in OWN_NAMES
+        )
+        if inside:
+            raise UserError(
+                f"--overwrite would delete {name}, which this job needs. Choose another "
+                "--output-dir, or move it elsewhere first."
+            )
 
 
 def prepare_demo(config: RunConfig) -> RunConfig:
@@ -132,9 +150,10 @@ class _Job:
         with Coordinator(names, env=_agent_environment(), log_dir=log_dir) as coordinator:
             machines = coordinator.machines()
             if coordinator.stop_requested:
-                return EXIT_STOPPED
+                return EXIT_INTERRUPTED if coordinator.hurried else EXIT_STOPPED
             plan = make_plan(self._config, machines, output_dir=str(self._folder), mode=self._mode)
-            write_json(self._folder / "plan.json", plan.to_json())
+            # It becomes the folder's plan when the ranks have seen that this is the folder's job.
+            write_json(self._folder / "logs" / _PLAN_OF_RANKS, plan.to_json())
             self._console.plan([*_notes(machines), *plan.describe()])
             with Recorder(self._folder) as recorder:
                 outcome = self._attempts(plan, coordinator, recorder)
@@ -149,6 +168,8 @@ class _Job:
             outcome = self._attempt(plan, coordinator, recorder)
             failure = outcome.failure
             if failure is None or failure.cause != "signal" or self._record.disk_error:
+                return outcome
+            if coordinator.stop_requested:
                 return outcome
             # Two failures with no checkpoint between them would repeat for ever.
             progressed = self._record.last_saved_step > progress_before
@@ -193,6 +214,8 @@ class _Job:
             record.first_step_at = time.monotonic()
         elif isinstance(message, DataReady):
             record.data_seconds = message.seconds
+            plan = json.loads((self._folder / "logs" / _PLAN_OF_RANKS).read_bytes())
+            write_json(self._folder / "plan.json", plan)
         elif isinstance(message, Saved | Resumed):
             record.last_saved_step = message.step
         elif isinstance(message, Finished):
@@ -205,11 +228,14 @@ class _Job:
     def _finish(self, plan: LaunchPlan, outcome: Outcome, recorder: Recorder) -> int:
         failure, code = self._judge(outcome)
         summary = self._summary(plan, outcome, recorder, failure, code)
-        try:
-            write_json(self._folder / "summary.json", summary)
-            write_report(self._folder)
-        except OSError as error:
-            self._console.warn(f"summary and report could not be written: {error.strerror}")
+        # A job that was refused leaves what the folder's own job has written.
+        refused = code == EXIT_USER_MISTAKE and self._record.data_seconds is None
+        if not (refused and (self._folder / "checkpoints").exists()):
+            try:
+                write_json(self._folder / "summary.json", summary)
+                write_report(self._folder)
+            except OSError as error:
+                self._console.warn(f"summary and report could not be written: {error.strerror}")
         if failure is not None:
             self._show_failure(failure)
         elif outcome.ending == "done":
@@ -313,9 +339,11 @@ def rank_starts(plan: LaunchPlan, port: int, folder: Path) -> list[list[RankStar
             ranks.append(
                 RankStart(
                     rank=world.rank,
-                    argv=python_command("ftlaunch.launcher.worker", str(folder / "plan.json")),
+                    argv=python_command(
+                        "ftlaunch.launcher.worker", str(folder / "logs" / _PLAN_OF_RANKS)
+                    ),
                     env={
-                        **_rank_environment(plan, _visible(host.devices, os.environ)),
+                        **_rank_environment(plan, host.devices),
                         **world.to_environment(),
                     },
                     log_path=str(folder / "logs" / f"rank-{world.rank:05d}.log"),
@@ -326,7 +354,7 @@ def rank_starts(plan: LaunchPlan, port: int, folder: Path) -> list[list[RankStar
     return starts
 
 
-def _rank_environment(plan: LaunchPlan, visible: str | None) -> dict[str, str]:
+def _rank_environment(plan: LaunchPlan, devices: Sequence[str] | None) -> dict[str, str]:
     """Every variable that a rank is given, and why."""
     threads = str(plan.threads_per_rank)
     env = {
@@ -334,9 +362,9 @@ def _rank_environment(plan: LaunchPlan, visible: str | None) -> dict[str, str]:
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "RAYON_NUM_THREADS": threads,
-        # Threads that spin for one another burn the core that the slowest of them waits for: beside
-        # other work a step took 3 to 20 times as long. On an idle machine sleeping costs nothing.
-        "OMP_WAIT_POLICY": "PASSIVE",
+        # A thread that waits for another spins for a moment, not for the 300,000 rounds of libgomp:
+        # beside other work it burns the core that the slower one needs (steps 3 to 20 times as long).
+        "GOMP_SPINCOUNT": "2000",
         # All ranks are on this machine; its host name may resolve to an address that is not.
         "GLOO_SOCKET_IFNAME": "lo",
         # Logs are files.
@@ -348,18 +376,10 @@ def _rank_environment(plan: LaunchPlan, visible: str | None) -> dict[str, str]:
         # for fresh pages: 4 to 7 % of a step of a 22 M model. Keep them.
         env["MALLOC_MMAP_THRESHOLD_"] = str(1 << 30)
         env["MALLOC_TRIM_THRESHOLD_"] = str(1 << 32)
-    if visible is not None:
-        env["CUDA_VISIBLE_DEVICES"] = visible
+    if devices is not None:
+        # By name: places would count devices that the plan has left out.
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     return env
-
-
-def _visible(devices: Sequence[int] | None, environ: Mapping[str, str]) -> str | None:
-    """CUDA_VISIBLE_DEVICES for a node's share: places in the list that the user has set, if any."""
-    if devices is None:
-        return None
-    chosen = environ.get("CUDA_VISIBLE_DEVICES")
-    names = [name.strip() for name in chosen.split(",")] if chosen else None
-    return ",".join(names[place] if names else str(place) for place in devices)
 
 
 def _agent_environment() -> dict[str, str]:

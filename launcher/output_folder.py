@@ -48,14 +48,14 @@ class OutputFolder:
         try:
             self._prepare()
             self._own()
+            if self._overwrite:
+                self._clear()
+            (self.path / _MARK).touch()
         except OSError as error:
             raise UserError(
                 f"the output folder {self.path} cannot be used: {error.strerror or error}. Choose "
                 "another with --output-dir."
             ) from None
-        if self._overwrite:
-            self._clear()
-        (self.path / _MARK).touch()
         return self
 
     def __exit__(

@@ -38,7 +38,7 @@ class Reason:
 class HostPlan:
     """One node's part. `assumed`: nobody asked that host; it is taken to be like this one.
 
-    devices   which of the accelerators that are visible now this node's ranks see; None: all
+    devices   the driver's names of the accelerators that this node's ranks see; None: all
     """
 
     name: str
@@ -46,7 +46,7 @@ class HostPlan:
     device_name: str
     num_devices: int
     assumed: bool
-    devices: tuple[int, ...] | None
+    devices: tuple[str, ...] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ class LaunchPlan:
         try:
             raw = json.loads(path.read_bytes())
             return pydantic.TypeAdapter(LaunchPlan).validate_python(raw)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is not a plan of this ftlaunch: {error}") from None
 
     def describe(self) -> list[str]:
@@ -159,7 +159,9 @@ def make_plan(
                 num_devices=devices,
                 assumed=assumed and number > 0,
                 devices=(
-                    tuple(range(number * devices, (number + 1) * devices)) if shared else None
+                    machine.device_ids[number * devices : (number + 1) * devices]
+                    if shared
+                    else None
                 ),
             )
             for number, machine in enumerate(machines)

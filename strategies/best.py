@@ -14,7 +14,7 @@ _LOWER_IS_BETTER = ("loss", "mse", "mae", "rmse", "perplexity")
 class BestTracker:
     """Remembers the best evaluation by one metric.
 
-    best           {"step", "value", "metrics"} of the best evaluation, None before the first
+    best           {"step", "metric", "value", "metrics"} of the best evaluation, None before the first
     without_gain   evaluations since the last that was better by more than `threshold`
     """
 
@@ -29,6 +29,15 @@ class BestTracker:
         self._threshold = threshold
         self.best: Mapping[str, Any] | None = None
         self.without_gain = 0
+
+    def load(self, best: Mapping[str, Any] | None, without_gain: int) -> None:
+        """Take over what a manifest holds; another metric is looked up in the same evaluation."""
+        if best is None or self.metric not in best["metrics"]:
+            return
+        same = best["metric"] == self.metric
+        value = best["metrics"][self.metric]
+        self.best = {**best, "metric": self.metric, "value": value}
+        self.without_gain = without_gain if same else 0
 
     def check(self, metric_names: Sequence[str]) -> None:
         """UserError when the metric is not among those that evaluation yields."""
@@ -49,7 +58,12 @@ class BestTracker:
         # NaN is never better, and never the first.
         if not gain > 0 or value != value:
             return False
-        self.best = {"step": step, "value": value, "metrics": dict(metrics)}
+        self.best = {
+            "step": step,
+            "metric": self.metric,
+            "value": value,
+            "metrics": dict(metrics),
+        }
         return True
 
     @property

@@ -32,15 +32,19 @@ class LossScaler:
             self._applied_in_a_row = 0
             return
         self._applied_in_a_row += 1
-        if self._applied_in_a_row == self.window:
+        if self._applied_in_a_row >= self.window:
             self.scale = min(_CEILING, self.scale * _GROWTH)
             self._applied_in_a_row = 0
 
     def state(self) -> dict[str, float]:
-        return {"scale": self.scale, "applied_in_a_row": float(self._applied_in_a_row)}
+        return {
+            "scale": self.scale,
+            "applied_in_a_row": float(self._applied_in_a_row),
+            "enabled": float(self.enabled),
+        }
 
     def load(self, state: Mapping[str, float]) -> None:
-        """Take over a saved state; ignored when this run's precision needs no scale."""
-        if self.enabled and state.get("scale", 1.0) > 1.0:
+        """Take over a saved state; ignored when either run's precision needs no scale."""
+        if self.enabled and state.get("enabled", 0.0):
             self.scale = float(state["scale"])
             self._applied_in_a_row = int(state["applied_in_a_row"])

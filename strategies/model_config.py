@@ -16,12 +16,28 @@ _WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 # Their positions begin after the padding id: that many embeddings are never reached.
-_POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer")
+POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer")
 
 
 def looks_local(name: str) -> bool:
     """Whether a name is meant as a path: it exists, or no hub name is written like it."""
-    return Path(name).expanduser().exists() or name.startswith(("/", "./", "../", "~"))
+    if name.startswith(("/", "./", "../", "~")):
+        return True
+    try:
+        return Path(name).exists()
+    except OSError:
+        return False
+
+
+def absolute_path(name: str) -> Path:
+    """`name` from here, "~" expanded. UserError for a path that cannot be."""
+    try:
+        path = Path(name).expanduser().absolute()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"the path {name[:200]} cannot be used: {reason}. Correct it.") from None
+    return path
 
 
 def check_model_folder(options: ModelOptions) -> None:
@@ -90,6 +106,8 @@ def labels_of(config: dict[str, Any]) -> tuple[str, ...]:
     names = config.get("id2label")
     if config.get("problem_type") == "regression" or not isinstance(names, dict):
         return ()
+    if len(names) == 1:
+        return ()  # transformers takes one output for a number
     try:
         return tuple(str(names[key]) for key in sorted(names, key=int))
     except ValueError:
@@ -101,10 +119,10 @@ def labels_of(config: dict[str, Any]) -> tuple[str, ...]:
 
 def max_length_of(config: dict[str, Any]) -> int | None:
     """The longest row that the model can take, None if it has no limit that we know."""
-    limit = config.get("max_position_embeddings")
+    limit = config.get("max_position_embeddings") or config.get("n_positions")
     if not isinstance(limit, int) or limit <= 0:
         return None
-    if config.get("model_type") in _POSITIONS_AFTER_PADDING:
+    if config.get("model_type") in POSITIONS_AFTER_PADDING:
         padding = config.get("pad_token_id")
         return limit - (padding if isinstance(padding, int) else 1) - 1
     return limit

@@ -16,14 +16,14 @@ PositiveInt = Annotated[int, Gt(0)]
 NonNegativeInt = Annotated[int, Ge(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 
-_FORBID_UNKNOWN = {"extra": "forbid"}
+_STRICT = {"extra": "forbid", "allow_inf_nan": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
     """Which model, and which part of it is trained."""
 
-    __pydantic_config__ = _FORBID_UNKNOWN
+    __pydantic_config__ = _STRICT
 
     name_or_path: str | None = None
     revision: str | None = None
@@ -45,7 +45,7 @@ class ModelOptions:
 class DataOptions:
     """Which samples, and how they become tokens."""
 
-    __pydantic_config__ = _FORBID_UNKNOWN
+    __pydantic_config__ = _STRICT
 
     name_or_path: str | None = None
     config_name: str | None = None
@@ -67,7 +67,7 @@ class DataOptions:
 class TrainOptions:
     """The optimisation itself."""
 
-    __pydantic_config__ = _FORBID_UNKNOWN
+    __pydantic_config__ = _STRICT
 
     num_train_epochs: Annotated[float, Gt(0)] = 3.0
     # Optimizer steps; overrides num_train_epochs.
@@ -105,7 +105,7 @@ class TrainOptions:
 class CheckpointOptions:
     """When to save, what to keep, which is best."""
 
-    __pydantic_config__ = _FORBID_UNKNOWN
+    __pydantic_config__ = _STRICT
 
     # Optimizer steps between saves; None saves at the end of every epoch. The end always saves.
     save_steps: PositiveInt | None = None
@@ -120,7 +120,7 @@ class CheckpointOptions:
 class JobOptions:
     """Everything that a worker reads from the plan about training."""
 
-    __pydantic_config__ = _FORBID_UNKNOWN
+    __pydantic_config__ = _STRICT
 
     task: Annotated[str, "a key of strategies.data.tasks.TASKS"] = "text-classification"
     model: ModelOptions = field(default_factory=ModelOptions)

@@ -141,7 +141,7 @@ class TrainingRun:
         wanted = self._settings.options.checkpoint.load_best_model_at_end and is_best
         end = self._best.exhausted or self._cursor.step == self._total_steps
         if stop or end or wanted or self._save_due():
-            self._save(evaluation_due=stop and self._evaluation_due())
+            self._save()
         if stop:
             self._ended_by = "stop"
         return stop or end
@@ -236,11 +236,9 @@ class TrainingRun:
             )
         )
 
-    def _save(self, *, evaluation_due: bool) -> None:
+    def _save(self) -> None:
         started = time.perf_counter()
-        folder = save_checkpoint(
-            self._strategy, self._root, self._manifest(evaluation_due=evaluation_due)
-        )
+        folder = save_checkpoint(self._strategy, self._root, self._manifest())
         if self._strategy.world.is_main:
             checkpoint = self._settings.options.checkpoint
             keep = [self._best.best["step"]] if self._best_is_kept() and self._best.best else []
@@ -251,7 +249,7 @@ class TrainingRun:
     def _best_is_kept(self) -> bool:
         return self._settings.options.checkpoint.load_best_model_at_end
 
-    def _manifest(self, *, evaluation_due: bool) -> Manifest:
+    def _manifest(self) -> Manifest:
         settings = self._settings
         return Manifest(
             identity=settings.identity,
@@ -264,7 +262,6 @@ class TrainingRun:
             loss_scale=self._strategy.loss_scale_state(),
             best=self._best.best,
             evaluation=self._last_evaluation,
-            evaluation_due=evaluation_due,
             evaluations_without_gain=self._best.without_gain,
             schedule=asdict(self._schedule),
             files={},
@@ -284,8 +281,8 @@ class TrainingRun:
         folder, manifest = found
         self._cursor.step = manifest.step
         self._cursor.applied = manifest.applied_steps
-        self._best.best = manifest.best
-        self._best.without_gain = manifest.evaluations_without_gain
+        self._best.load(manifest.best, manifest.evaluations_without_gain)
+        self._check_best_is_there(manifest.step)
         self._last_evaluation = dict(manifest.evaluation) if manifest.evaluation else None
         self._emit(Resumed(step=manifest.step, epoch=self._epoch, checkpoint=str(folder)))
         if manifest.schedule != asdict(self._schedule):
@@ -298,8 +295,23 @@ class TrainingRun:
                 "for. Raise train.num_train_epochs or train.max_steps, or choose another "
                 "--output-dir."
             )
-        if manifest.evaluation_due and self._evaluation_due():
+        evaluated = (self._last_evaluation or {}).get("step") == manifest.step
+        if self._evaluation_due() and not evaluated:
             self._evaluate()
+
+    def _check_best_is_there(self, step: int) -> None:
+        """Forget a best step whose checkpoint an earlier run, with other settings, did not keep."""
+        best = self._best.best
+        if best is None or not self._best_is_kept() or best["step"] == step:
+            return
+        try:
+            read_manifest(self._root / folder_name(int(best["step"])))
+        except CheckpointDamaged:
+            self._best.best = None
+            text = (
+                f"the best step so far, {best['step']}, was not kept: the best from here on counts"
+            )
+            self._emit(Note(text=text, warning=True))
 
     # -- the end ----------------------------------------------------------------------------
 

@@ -91,30 +91,35 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> None:
 def processes_of(folder: Path) -> list[int]:
     """Live processes of a job in `folder`: coordinator, agents and ranks."""
     mark = os.fsencode(folder)
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            # Both are empty for a process that has ended and waits to be reaped.
-            text = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-        except OSError:
-            continue
-        if mark in text:
-            found.append(int(entry.name))
-    return sorted(found)
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return sorted(
+        pid
+        for pid in pids
+        if pid != os.getpid() and mark in _read(pid, "cmdline") + _read(pid, "environ")
+    )
 
 
 def rank_process(folder: Path, rank: int) -> int:
     """The process of one rank of the job in `folder`."""
     wanted = f"RANK={rank}".encode()
-    for pid in processes_of(folder):
-        try:
-            if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                return pid
-        except OSError:
-            continue
-    raise AssertionError(f"rank {rank} has no process")
+    ranks = [pid for pid in processes_of(folder) if wanted in _read(pid, "environ").split(b"\0")]
+    assert ranks, f"rank {rank} has no process"
+    return ranks[0]
+
+
+def agent_processes(folder: Path) -> list[int]:
+    """The agents of the job in `folder`, in the order in which they were started."""
+    return [
+        pid for pid in processes_of(folder) if b"ftlaunch.cluster.agent" in _read(pid, "cmdline")
+    ]
+
+
+def _read(pid: int, name: str) -> bytes:
+    """A file of /proc/PID; empty for a process that has ended, reaped or not."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:
+        return b""
 
 
 def assert_no_process_left(folder: Path, seconds: float = 5.0) -> None:
@@ -200,6 +205,8 @@ def write_model(folder: Path, **config: Any) -> Path:
         "intermediate_size": 48,
         "max_position_embeddings": 64,
         "pad_token_id": 0,
+        # Wide enough that so small a model learns within a few dozen steps.
+        "initializer_range": 0.1,
         **config,
     }
     (folder / "config.json").write_text(json.dumps(values))

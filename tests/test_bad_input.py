@@ -91,7 +91,14 @@ def assert_mistake(result: subprocess.CompletedProcess[str], *words: str) -> Non
             id="no such choice",
         ),
         pytest.param(["data.eval_fraction=1.5"], ["1.5", "less than 1"], id="out of range"),
-        pytest.param(["train.learning_rate=nan"], ["train.learning_rate"], id="not a number"),
+        pytest.param(
+            ["train.learning_rate=nan"], ["train.learning_rate is 'nan'"], id="not a number"
+        ),
+        pytest.param(
+            ["train.num_train_epochs=inf"],
+            ["train.num_train_epochs is 'inf'", "finite"],
+            id="infinity",
+        ),
         pytest.param(["cluster.port=70000"], ["cluster.port is 70000", "65535"], id="no such port"),
         pytest.param(
             ["train.eval_strategy=steps"], ["train.eval_steps"], id="steps without how many"
@@ -132,13 +139,6 @@ def test_what_was_typed(inputs, tmp_path, arguments, words):
     )
     assert_mistake(result, *words)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.xfail(strict=True, reason="infinity passes every lower bound")
-@pytest.mark.parametrize("key", ["train.num_train_epochs", "train.learning_rate"])
-def test_infinity_is_no_number(tmp_path, key):
-    result = ftlaunch(f"{key}=inf", "--dry-run", cwd=tmp_path)
-    assert_mistake(result, key, "finite")
 
 
 def test_every_mistake_is_told_at_once(tmp_path):
@@ -422,6 +422,22 @@ def test_overwrite_removes_what_ftlaunch_wrote_and_nothing_else(finished, tmp_pa
     assert summary_of(out)["samples_seen"] == 40
     assert (out / "notes.txt").read_text() == "mine"
     assert (out / "checkpoints.bak").is_dir()
+
+
+def test_overwrite_does_not_delete_what_the_job_is_made_from(finished, tmp_path):
+    out = finished.copy(tmp_path)
+    before = contents(out)
+    result = finished.run(out, "--model", out / "model", "--overwrite")
+    assert_mistake(result, "--overwrite would delete", str(out / "model"), "--output-dir")
+    assert contents(out) == before
+
+
+def test_an_evaluation_does_not_replace_a_jobs_summary(finished, inputs, tmp_path):
+    out = finished.copy(tmp_path)
+    before = contents(out)
+    result = ftlaunch("eval", out, "--dataset", inputs / "data", "-o", out)
+    assert_mistake(result, str(out), "training job", "--output-dir")
+    assert contents(out) == before
 
 
 def test_a_checkpoint_of_another_format_version(finished, tmp_path):

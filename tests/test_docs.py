@@ -197,7 +197,7 @@ def test_documented_variables_of_a_rank(tmp_path: Path) -> None:
     """What a rank's environment gets, and the two that its agent adds."""
     machine = detect_machine({"CUDA_VISIBLE_DEVICES": "", "ASCEND_RT_VISIBLE_DEVICES": ""})
     plan = make_plan(RunConfig(), [machine], output_dir=str(tmp_path))
-    given = {**_rank_environment(plan, visible="0"), **World.alone().to_environment()}
+    given = {**_rank_environment(plan, devices=["GPU-1"]), **World.alone().to_environment()}
     paragraph = _section("docs/configuration.md", "Environment").rpartition("\n\n")[2]
     documented = {code for code in _code(paragraph) if code.isupper()}
     assert documented == {*given, EVENT_FD_VARIABLE, LISTEN_FD_VARIABLE}
@@ -348,10 +348,9 @@ def _write_checkpoint(root: Path) -> tuple[Path, dict[str, np.ndarray]]:
         world_size=2,
         strategy="ddp",
         precision="fp32",
-        loss_scale={"scale": 1.0, "applied_in_a_row": 0.0},
+        loss_scale={"scale": 1.0, "applied_in_a_row": 0.0, "enabled": 0.0},
         best=None,
         evaluation=None,
-        evaluation_due=False,
         evaluations_without_gain=0,
         schedule={"name": "linear"},
         files={path.name: path.stat().st_size for path in sorted(folder.iterdir())},

@@ -33,6 +33,7 @@ GPU = replace(
     num_devices=4,
     fast_bf16=True,
     versions={"torch": "2.13.0", "torch_cuda": "12.8"},
+    device_ids=("GPU-7", "GPU-5", "GPU-3", "GPU-1"),
 )
 
 
@@ -90,14 +91,12 @@ def test_automatic_precision(machine, precision):
     assert _plan(machine).precision == precision
 
 
-def test_nodes_share_the_gpus_that_the_user_left_visible(monkeypatch, tmp_path):
+def test_nodes_share_the_gpus_by_name(tmp_path):
     plan = _plan(GPU, GPU, nodes=2)
     assert plan.world_size == 4
-    assert [host.devices for host in plan.hosts] == [(0, 1), (2, 3)]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
     starts = rank_starts(plan, 20000, tmp_path)
     seen = [[rank.env["CUDA_VISIBLE_DEVICES"] for rank in ranks] for ranks in starts]
-    assert seen == [["7,5", "7,5"], ["3,1", "3,1"]]
+    assert seen == [["GPU-7,GPU-5"] * 2, ["GPU-3,GPU-1"] * 2]
     assert [[rank.env["LOCAL_RANK"] for rank in ranks] for ranks in starts] == [["0", "1"]] * 2
 
 
@@ -116,6 +115,7 @@ def test_the_plan_survives_json(tmp_path):
         ((GPU,), {"devices": 5}, "--devices 5 .* has 4"),
         ((replace(CPU, versions={}),), {}, "lacks torch"),
         ((replace(GPU, versions={"torch": "2.13.0"}),), {}, "CPU build"),
+        ((replace(CPU, unusable="no driver"),), {}, "cannot use its accelerators: no driver"),
         ((replace(CPU, accelerator="ascend"),), {}, "no strategy of this version runs on ascend"),
         ((CPU, GPU), {"nodes": 2}, "different accelerators"),
         ((), {"strategy": "dpp"}, "no strategy 'dpp'.*Did you mean 'ddp'"),

@@ -91,7 +91,12 @@ def test_lower_loss_and_higher_accuracy_are_better():
         False,
         True,
     ]
-    assert tracker.best == {"step": 2, "value": 0.5, "metrics": {"accuracy": 0.5}}
+    assert tracker.best == {
+        "step": 2,
+        "metric": "accuracy",
+        "value": 0.5,
+        "metrics": {"accuracy": 0.5},
+    }
 
 
 def test_patience_counts_evaluations_without_gain():

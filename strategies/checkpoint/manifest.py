@@ -37,9 +37,8 @@ class Manifest:
     step             optimizer steps done, skipped ones included: the data cursor
     applied_steps    optimizer steps that changed the weights: the schedule's and AdamW's clock
     files            name → size in bytes of every shard
-    best             {"step", "value", "metrics"} of the best evaluation so far, if there is one
+    best             {"step", "metric", "value", "metrics"} of the best evaluation so far, if there is one
     evaluation       {"step", "metrics"} of the last evaluation
-    evaluation_due   the evaluation of this very step is still to be made
     """
 
     identity: Mapping[str, Any]
@@ -52,7 +51,6 @@ class Manifest:
     loss_scale: Mapping[str, float]
     best: Mapping[str, Any] | None
     evaluation: Mapping[str, Any] | None
-    evaluation_due: bool
     evaluations_without_gain: int
     schedule: Mapping[str, Any]
     files: Mapping[str, int]
@@ -82,7 +80,7 @@ def read_manifest(folder: Path) -> Manifest:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointDamaged(folder, f"it has no {MANIFEST_NAME}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointDamaged(folder, f"{MANIFEST_NAME} cannot be read ({error})") from None
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if isinstance(version, int) and version != FORMAT_VERSION:
@@ -94,7 +92,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest(**raw)
         _check_types(manifest)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise CheckpointDamaged(folder, f"{MANIFEST_NAME} is malformed ({error})") from None
     for name, size in manifest.files.items():
         file = folder / name
@@ -119,7 +117,6 @@ def _check_types(manifest: Manifest) -> None:
         "loss_scale": dict,
         "best": (dict, type(None)),
         "evaluation": (dict, type(None)),
-        "evaluation_due": bool,
         "evaluations_without_gain": int,
         "schedule": dict,
         "files": dict,
@@ -127,10 +124,32 @@ def _check_types(manifest: Manifest) -> None:
     for field, kind in expected.items():
         if not isinstance(getattr(manifest, field), kind):
             raise ValueError(f"{field} is {getattr(manifest, field)!r}")
+    for evaluation in (manifest.best, manifest.evaluation):
+        if evaluation is not None:
+            _check_evaluation(evaluation)
+    if manifest.best is not None:
+        float(manifest.best["value"])
+        str(manifest.best["metric"])
+    scale = {"scale", "applied_in_a_row", "enabled"}
+    if not (
+        set(manifest.loss_scale) == scale and all(map(_is_number, manifest.loss_scale.values()))
+    ):
+        raise ValueError(f"loss_scale is {manifest.loss_scale!r}")
     for name in manifest.files:
         # A manifest is untrusted: a name must not lead out of the folder.
         if Path(name).name != name or name in ("", ".", ".."):
             raise ValueError(f"file name {name!r}")
+
+
+def _check_evaluation(evaluation: Mapping[str, Any]) -> None:
+    metrics = evaluation["metrics"]
+    whole = isinstance(evaluation["step"], int) and isinstance(metrics, dict)
+    if not whole or not all(map(_is_number, metrics.values())):
+        raise ValueError(f"evaluation is {evaluation!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def write_json(path: Path, content: Any) -> None:

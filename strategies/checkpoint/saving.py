@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -63,16 +64,19 @@ def all_or_none(strategy: Strategy, write: Callable[[], None], what: str) -> Non
         write()
     except OSError as error:
         failure = error
-    full = failure is not None and failure.errno in _FULL
-    counts = strategy.sum_across_ranks(np.array([full, failure is not None], dtype=np.float64))
-    if counts[0]:
+    # One place for each rank, so that all of them can name the one that failed.
+    codes = np.zeros(strategy.world.size, dtype=np.float64)
+    codes[strategy.world.rank] = 0 if failure is None else failure.errno or errno.EIO
+    codes = strategy.sum_across_ranks(codes)
+    if np.isin(codes, _FULL).any():
         raise UserError(
             f"no space left on the disk while writing {what}. The last whole checkpoint is "
             "untouched. Free some space, or lower checkpoint.save_total_limit, and run the same "
             "command again to go on from it."
         )
-    if counts[1]:
-        raise JobError(f"{what} could not be written: {failure or 'see the logs of other ranks'}")
+    if codes.any():
+        rank = int(codes.argmax())
+        raise JobError(f"rank {rank} could not write {what}: {os.strerror(int(codes[rank]))}")
 
 
 def newest_manifest(root: Path) -> tuple[Path, Manifest] | None:

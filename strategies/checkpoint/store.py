@@ -88,7 +88,7 @@ class CheckpointReader:
                 self._slices.setdefault((kind, name), []).append(run)
         except FileDamaged as error:
             raise CheckpointDamaged(self.folder, str(error)) from None
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointDamaged(self.folder, f"{path.name}: {error!r}") from None
 
     def names(self, kind: str) -> Mapping[str, tuple[int, ...]]:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import inspect
 import logging
+import os
+import re
 import resource
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch._C._distributed_c10d import TCPStore
 from torch.nn.parallel import DistributedDataParallel
 
@@ -294,6 +298,8 @@ class TorchDataParallel:
     def load_state(
         self, reader: StateReader, *, optimizer_steps: int, loss_scale: Mapping[str, float]
     ) -> None:
+        # A damaged checkpoint may have been read halfway before this one.
+        self._optimizer.state.clear()
         with torch.no_grad():
             for name, tensor in self._weights():
                 _copy_from(reader, "weight", name, tensor)
@@ -325,7 +331,13 @@ class TorchDataParallel:
     def save_model(self, folder: str, *, dtype: str) -> None:
         if self.world.is_main:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            save_model(self.model, folder, dtype=_DTYPES[dtype])
+            try:
+                save_model(self.model, folder, dtype=_DTYPES[dtype])
+            except SafetensorError as error:
+                # It wraps what the system says, as text.
+                number = re.search(r"os error (\d+)", str(error))
+                code = int(number[1]) if number else errno.EIO
+                raise OSError(code, os.strerror(code), folder) from None
 
 
 def _without_buffer_sync() -> dict[str, bool]:

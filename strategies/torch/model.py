@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.base import StrategyRequest
+from ftlaunch.strategies.model_config import POSITIONS_AFTER_PADDING
 from ftlaunch.strategies.options import ModelOptions
 from ftlaunch.strategies.weights import RANDOM_WEIGHT_FAMILIES, draw_weight
 
@@ -57,8 +58,8 @@ def _load_config(request: StrategyRequest) -> Any:
     config.problem_type = (
         "single_label_classification" if request.loss == "cross_entropy" else "regression"
     )
-    if config.pad_token_id is None:
-        # Heads of decoder models look for the last token that is not padding.
+    if config.model_type not in POSITIONS_AFTER_PADDING:
+        # Heads of decoder models look for the last token that is not padding: ours.
         config.pad_token_id = request.pad_token_id
     if options.dropout is not None:
         set_dropout(config, options.dropout)
