@@ -6,9 +6,12 @@ import sys
 
 
 def main() -> int:
-    from ftlaunch.launcher.cli import run
+    try:
+        from ftlaunch.launcher.cli import run
 
-    return run(sys.argv[1:])
+        return run(sys.argv[1:])
+    except KeyboardInterrupt:
+        return 130  # also while modules are still being imported: no traceback for a Ctrl-C
 
 
 if __name__ == "__main__":

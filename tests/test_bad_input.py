@@ -262,9 +262,9 @@ def test_a_file_where_the_output_folder_should_be(inputs, tmp_path, place):
 
 
 def test_an_output_folder_that_cannot_be_written(inputs, tmp_path):
-    if os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
     tmp_path.chmod(0o500)
+    if os.access(tmp_path, os.W_OK):
+        pytest.skip("this user may write anywhere")
     try:
         result = ftlaunch(
             *("--model", inputs / "model", "--dataset", inputs / "data", RANDOM),

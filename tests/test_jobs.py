@@ -511,7 +511,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk(inputs, small_disk, done):
-    # A checkpoint has about 230 kB: some fit, all nine do not.
+    # A checkpoint has about 250 kB: some fit, all nine do not.
     out = small_disk / "out"
     command = inputs.command(out, "checkpoint.save_total_limit=100")
     result = ftlaunch(*command)
