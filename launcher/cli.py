@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 _COMMANDS = ("eval",)
 _EPILOG = """\
@@ -22,9 +22,34 @@ with a checkpoint (run the same command to go on), 130 ended at once by a second
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, but an unknown flag is answered with what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = [word for word in message.split() if word.startswith("--")]
+        if message.startswith("unrecognized arguments") and unknown:
+            message += "".join(self._meant(word.partition("=")[0]) for word in unknown)
+        # A list of what is required, without what may be left out.
+        super().error(message.replace(", KEY=VALUE", ""))
+
+    def _meant(self, flag: str) -> str:
+        import difflib
+
+        from ftlaunch.launcher.config import all_keys
+
+        name = flag.removeprefix("--").replace("-", "_")
+        by_last = {key.rpartition(".")[2]: key for key in all_keys()}
+        keys = [
+            f"{by_last[near]}=VALUE" for near in difflib.get_close_matches(name, by_last, 1, 0.8)
+        ]
+        flags = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7)
+        meant = " or ".join(flags + keys)
+        return f"\n{flag} is not a flag. Did you mean {meant}?" if meant else ""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The main command's flags. At most 20, frozen by a test."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ftlaunch",
         usage="ftlaunch [flags] [KEY=VALUE ...]\n       ftlaunch eval OUT_OR_MODEL [flags] [KEY=VALUE ...]",
         description="Fine-tune a pretrained model on every device there is.",
@@ -44,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def build_eval_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ftlaunch eval",
         usage="ftlaunch eval OUT_OR_MODEL [flags] [KEY=VALUE ...]",
         description="Evaluate a model on every device there is; writes predictions.jsonl.",

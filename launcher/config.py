@@ -309,7 +309,7 @@ def _names_in(name: str, value: Any) -> list[str]:
 
 def _unknown_key(name: str) -> str:
     keys = all_keys()
-    near = difflib.get_close_matches(name, keys, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(name, [*keys, *ALIASES], n=3, cutoff=0.6)
     last = name.rpartition(".")[2]
     near += [key for key in keys if key.rpartition(".")[2] == last and key not in near]
     if not near:

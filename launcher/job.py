@@ -250,8 +250,8 @@ class _Job:
         if self._record.disk_error is not None:
             error = self._record.disk_error
             title = (
-                f"{error.strerror} while writing to {self._folder}. The last whole checkpoint is "
-                "untouched: free some space and run the same command again to go on from it."
+                f"{error.strerror} while writing to {self._folder}. Whole checkpoints, if any, are "
+                "untouched: free some space and run the same command again to go on from the last."
             )
             return Failure(
                 rank=0, node="node0", cause="user", title=title, traceback="", log_path=""

@@ -70,9 +70,9 @@ def all_or_none(strategy: Strategy, write: Callable[[], None], what: str) -> Non
     codes = strategy.sum_across_ranks(codes)
     if np.isin(codes, _FULL).any():
         raise UserError(
-            f"no space left on the disk while writing {what}. The last whole checkpoint is "
+            f"no space left on the disk while writing {what}. Whole checkpoints, if any, are "
             "untouched. Free some space, or lower checkpoint.save_total_limit, and run the same "
-            "command again to go on from it."
+            "command again to go on from the last."
         )
     if codes.any():
         rank = int(codes.argmax())
