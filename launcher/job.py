@@ -20,14 +20,13 @@ from ftlaunch.cluster.errors import (
     EXIT_USER_MISTAKE,
     UserError,
 )
-from ftlaunch.cluster.events import Failure, RankStart
+from ftlaunch.cluster.events import Failure
 from ftlaunch.cluster.machine import Machine, detect_machine
-from ftlaunch.cluster.transport import python_command
-from ftlaunch.cluster.world import World
 from ftlaunch.launcher.config import RunConfig
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.output_folder import OWN_NAMES, OutputFolder
 from ftlaunch.launcher.plan import LaunchPlan, make_plan
+from ftlaunch.launcher.ranks import ADDRESS, PLAN_OF_RANKS, rank_starts
 from ftlaunch.launcher.recorder import Recorder
 from ftlaunch.launcher.report import write_report
 from ftlaunch.strategies.checkpoint.manifest import write_json
@@ -43,8 +42,6 @@ from ftlaunch.strategies.progress import (
 )
 
 Mode = Literal["train", "eval"]
-_ADDRESS = "127.0.0.1"
-_PLAN_OF_RANKS = "plan-of-ranks.json"
 
 
 @dataclass(slots=True)
@@ -147,13 +144,13 @@ class _Job:
     def run(self) -> int:
         names = [f"node{number}" for number in range(self._config.cluster.nodes)]
         log_dir = self._folder / "logs"
-        with Coordinator(names, env=_agent_environment(), log_dir=log_dir) as coordinator:
+        with Coordinator(names, env={}, log_dir=log_dir) as coordinator:
             machines = coordinator.machines()
             if coordinator.stop_requested:
                 return EXIT_INTERRUPTED if coordinator.hurried else EXIT_STOPPED
             plan = make_plan(self._config, machines, output_dir=str(self._folder), mode=self._mode)
             # It becomes the folder's plan when the ranks have seen that this is the folder's job.
-            write_json(self._folder / "logs" / _PLAN_OF_RANKS, plan.to_json())
+            write_json(self._folder / "logs" / PLAN_OF_RANKS, plan.to_json())
             self._console.plan([*_notes(machines), *plan.describe()])
             with Recorder(self._folder) as recorder:
                 outcome = self._attempts(plan, coordinator, recorder)
@@ -185,7 +182,7 @@ class _Job:
             )
 
     def _attempt(self, plan: LaunchPlan, coordinator: Coordinator, recorder: Recorder) -> Outcome:
-        port = coordinator.bind(_ADDRESS, plan.cluster.port) if plan.world_size > 1 else 0
+        port = coordinator.bind(ADDRESS, plan.cluster.port) if plan.world_size > 1 else 0
 
         def on_message(rank: int, payload: Mapping[str, Any]) -> None:
             try:
@@ -214,7 +211,7 @@ class _Job:
             record.first_step_at = time.monotonic()
         elif isinstance(message, DataReady):
             record.data_seconds = message.seconds
-            plan = json.loads((self._folder / "logs" / _PLAN_OF_RANKS).read_bytes())
+            plan = json.loads((self._folder / "logs" / PLAN_OF_RANKS).read_bytes())
             write_json(self._folder / "plan.json", plan)
         elif isinstance(message, Saved | Resumed):
             record.last_saved_step = message.step
@@ -317,73 +314,6 @@ class _Job:
         if self._mode == "train" or code != EXIT_DONE:
             return None
         return str(self._folder / "predictions.jsonl")
-
-
-def rank_starts(plan: LaunchPlan, port: int, folder: Path) -> list[list[RankStart]]:
-    """The ranks of each node: rank numbers rise node by node."""
-    starts = []
-    per_node = plan.world_size // plan.num_nodes
-    for node, host in enumerate(plan.hosts):
-        ranks = []
-        for local_rank in range(per_node):
-            world = World(
-                rank=node * per_node + local_rank,
-                size=plan.world_size,
-                local_rank=local_rank,
-                local_size=per_node,
-                node_rank=node,
-                num_nodes=plan.num_nodes,
-                master_address=_ADDRESS,
-                master_port=port,
-            )
-            ranks.append(
-                RankStart(
-                    rank=world.rank,
-                    argv=python_command(
-                        "ftlaunch.launcher.worker", str(folder / "logs" / _PLAN_OF_RANKS)
-                    ),
-                    env={
-                        **_rank_environment(plan, host.devices),
-                        **world.to_environment(),
-                    },
-                    log_path=str(folder / "logs" / f"rank-{world.rank:05d}.log"),
-                    inherits_listener=world.rank == 0 and plan.world_size > 1,
-                )
-            )
-        starts.append(ranks)
-    return starts
-
-
-def _rank_environment(plan: LaunchPlan, devices: Sequence[str] | None) -> dict[str, str]:
-    """Every variable that a rank is given, and why."""
-    threads = str(plan.threads_per_rank)
-    env = {
-        # Threads of torch, of its libraries and of the tokenizers: never more than the cores.
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "RAYON_NUM_THREADS": threads,
-        # A thread that waits for another spins for a moment, not for the 300,000 rounds of libgomp:
-        # beside other work it burns the core that the slower one needs (steps 3 to 20 times as long).
-        "GOMP_SPINCOUNT": "2000",
-        # All ranks are on this machine; its host name may resolve to an address that is not.
-        "GLOO_SOCKET_IFNAME": "lo",
-        # Logs are files.
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
-    if plan.accelerator == "cpu":
-        # glibc gives large blocks back to the kernel at once, and the next tensor of that size pays
-        # for fresh pages: 4 to 7 % of a step of a 22 M model. Keep them.
-        env["MALLOC_MMAP_THRESHOLD_"] = str(1 << 30)
-        env["MALLOC_TRIM_THRESHOLD_"] = str(1 << 32)
-    if devices is not None:
-        # By name: places would count devices that the plan has left out.
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    return env
-
-
-def _agent_environment() -> dict[str, str]:
-    return {}
 
 
 def _notes(machines: Sequence[Machine]) -> list[str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from ftlaunch.strategies.files import replace_file
 
 _BLOCK = 65_536
 
@@ -62,7 +64,8 @@ class LineLog:
         kept = [line for line in lines if _is_within(_decode(line), step)]
         if len(kept) == len(lines):
             return
-        replace_file(self._path, kept)
+        with replace_file(self._path) as file:
+            file.writelines(kept)
         self.close()
         self._writer = WholeWriter(self._path)
 
@@ -80,20 +83,6 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                     yield parsed
     except FileNotFoundError:
         return
-
-
-def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write `path` by a temporary file, fsync and rename: it is the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _cut_torn_line(path: Path) -> None:

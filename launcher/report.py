@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ftlaunch.launcher.curves import Curves, eval_points, number, plots
-from ftlaunch.launcher.line_log import read_lines, replace_file
+from ftlaunch.launcher.line_log import read_lines
 from ftlaunch.launcher.page import page
 from ftlaunch.launcher.plots import figure
 from ftlaunch.launcher.wording import duration, one_line, plain_text, short_number
+from ftlaunch.strategies.files import replace_file
 
 MAX_EVENT_ROWS = 300
 MAX_TEXT = 2_000
@@ -50,7 +51,8 @@ def write_report(output_dir: Path) -> Path:
     )
     target = output_dir / "report.html"
     # "replace": a file name may hold bytes that are no text.
-    replace_file(target, [render(run).encode("utf-8", "replace")])
+    with replace_file(target) as file:
+        file.write(render(run).encode("utf-8", "replace"))
     return target
 
 

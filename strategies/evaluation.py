@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from ftlaunch.strategies.base import Strategy
 from ftlaunch.strategies.data.batches import Collator, evaluation_batches
 from ftlaunch.strategies.data.tasks import Task, TaskSpec
+from ftlaunch.strategies.files import replace_file
 from ftlaunch.strategies.metrics import Metrics
-from ftlaunch.strategies.safetensors_file import replace_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ftlaunch.strategies.base import Strategy
-from ftlaunch.strategies.checkpoint.manifest import sync_folder
 from ftlaunch.strategies.checkpoint.saving import all_or_none
+from ftlaunch.strategies.files import sync_folder
 
 
 def write_model_folder(

@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftlaunch.cluster.errors import FtlaunchError
+from ftlaunch.strategies.files import replace_file
 
 _DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -119,23 +118,6 @@ def write_file(
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-@contextmanager
-def replace_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that becomes `path`, durably and all at once, when the block ends without an error."""
-    # The process number alone is not unique where several hosts share the folder.
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
 def open_file(path: Path) -> SafetensorsFile:
     """Check the header against the file. FileDamaged for anything wrong; OSError passes."""
     with open(path, "rb") as file:
@@ -166,14 +148,6 @@ def _encode_header(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, s
     if len(text) + 8 > _MAX_HEADER_BYTES:
         raise ValueError(f"header of {len(text)} bytes exceeds {_MAX_HEADER_BYTES}")
     return text + b" " * (-len(text) % 8)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_header(path: Path, file: BinaryIO, size: int) -> bytes:

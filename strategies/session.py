@@ -23,17 +23,12 @@ from ftlaunch.strategies.data.token_cache import Tokens, prepare_tokens
 from ftlaunch.strategies.data.token_table import TokenTable
 from ftlaunch.strategies.data.tokenizer import TokenizerSource, locate_tokenizer, tokenizer_files
 from ftlaunch.strategies.evaluation import Evaluator, write_predictions
+from ftlaunch.strategies.job_data import class_weights, sample_order, total_steps
 from ftlaunch.strategies.metrics import load_metrics
 from ftlaunch.strategies.model_config import labels_of, max_length_of, read_model_config
 from ftlaunch.strategies.options import JobOptions, Precision
 from ftlaunch.strategies.progress import DataReady, Evaluated, Finished, Progress
-from ftlaunch.strategies.training import (
-    RunSettings,
-    TrainingRun,
-    class_weights,
-    sample_order,
-    total_steps,
-)
+from ftlaunch.strategies.training import RunSettings, TrainingRun
 
 
 class Stop(Protocol):

@@ -6,7 +6,6 @@ numbers behind `Strategy`. Every rank runs this with the same decisions.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,10 +27,11 @@ from ftlaunch.strategies.checkpoint.manifest import (
 from ftlaunch.strategies.checkpoint.retention import prune, remove_unfinished, set_aside_newer
 from ftlaunch.strategies.checkpoint.saving import load_newest, save_checkpoint
 from ftlaunch.strategies.checkpoint.store import CheckpointReader
-from ftlaunch.strategies.data.batches import Collator, deal
-from ftlaunch.strategies.data.sample_order import SampleOrder, samples_digest
+from ftlaunch.strategies.data.batches import deal
+from ftlaunch.strategies.data.sample_order import samples_digest
 from ftlaunch.strategies.data.token_cache import Tokens
 from ftlaunch.strategies.evaluation import Evaluator
+from ftlaunch.strategies.job_data import sample_order, total_steps, train_collator
 from ftlaunch.strategies.loop import Cursor, StepReport, Windows, train
 from ftlaunch.strategies.model_folder import write_model_folder
 from ftlaunch.strategies.options import JobOptions
@@ -365,56 +365,3 @@ class TrainingRun:
 
 def _say_nothing(message: Progress) -> None:
     """What ranks other than 0 say."""
-
-
-def sample_order(options: JobOptions, tokens: Tokens) -> SampleOrder:
-    return SampleOrder(
-        num_samples=len(tokens.train),
-        global_batch_size=options.train.global_batch_size,
-        seed=options.train.seed,
-    )
-
-
-def total_steps(options: JobOptions, tokens: Tokens) -> int:
-    """Optimizer steps of the whole job."""
-    if options.train.max_steps is not None:
-        return options.train.max_steps
-    per_epoch = sample_order(options, tokens).steps_per_epoch
-    return max(1, math.ceil(options.train.num_train_epochs * per_epoch))
-
-
-def train_collator(options: JobOptions, tokens: Tokens) -> Collator:
-    return Collator(
-        table=tokens.train,
-        pad_token_id=tokens.pad_token_id,
-        class_weights=class_weights(options, tokens),
-    )
-
-
-def class_weights(options: JobOptions, tokens: Tokens) -> NDArray[np.float32] | None:
-    """Weight of each class. "balanced" is n / (classes · count), as in scikit-learn."""
-    wanted = options.train.class_weights
-    if wanted is None:
-        return None
-    if tokens.spec.problem != "classification":
-        raise UserError(
-            f"train.class_weights is set, but the labels in {tokens.spec.label_column!r} are "
-            "numbers to predict, not classes. Leave it out."
-        )
-    names = tokens.spec.label_names
-    if wanted == "balanced":
-        counts = tokens.train.label_counts()
-        if not counts.all():
-            absent = [name for name, count in zip(names, counts, strict=True) if not count]
-            raise UserError(
-                f"train.class_weights=balanced: no training sample has the label "
-                f"{', '.join(map(repr, absent))}. Give the weights as a list."
-            )
-        balanced: NDArray[np.float32] = (counts.sum() / (len(counts) * counts)).astype(np.float32)
-        return balanced
-    if len(wanted) != len(names):
-        raise UserError(
-            f"train.class_weights has {len(wanted)} values; the data has {len(names)} classes, in "
-            f"this order: {', '.join(names)}. Give one weight for each."
-        )
-    return np.array(wanted, dtype=np.float32)

@@ -26,9 +26,9 @@ from ftlaunch.launcher.config import (
     all_keys,
     load_config,
 )
-from ftlaunch.launcher.job import _rank_environment
 from ftlaunch.launcher.output_folder import OWN_NAMES
 from ftlaunch.launcher.plan import make_plan
+from ftlaunch.launcher.ranks import rank_environment
 from ftlaunch.strategies.base import TensorSlice
 from ftlaunch.strategies.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -197,7 +197,7 @@ def test_documented_variables_of_a_rank(tmp_path: Path) -> None:
     """What a rank's environment gets, and the two that its agent adds."""
     machine = detect_machine({"CUDA_VISIBLE_DEVICES": "", "ASCEND_RT_VISIBLE_DEVICES": ""})
     plan = make_plan(RunConfig(), [machine], output_dir=str(tmp_path))
-    given = {**_rank_environment(plan, devices=["GPU-1"]), **World.alone().to_environment()}
+    given = {**rank_environment(plan, devices=["GPU-1"]), **World.alone().to_environment()}
     paragraph = _section("docs/configuration.md", "Environment").rpartition("\n\n")[2]
     documented = {code for code in _code(paragraph) if code.isupper()}
     assert documented == {*given, EVENT_FD_VARIABLE, LISTEN_FD_VARIABLE}

@@ -108,9 +108,9 @@ def test_thirty_steps_are_those_of_the_full_batch(bert, reference, ranks, micro_
         assert worst[1] < 1e-5
 
 
-def _window_gradients(world, listen_fd, folder, regression, micro_batch, step):
+def _window_gradients(world, listen_fd, folder, regression, micro_batch, step, model=None):
     """The gradient of one window, before it is clipped or applied."""
-    strategy = create(tiny.request(world, listen_fd, folder, regression=regression))
+    strategy = create(tiny.request(world, listen_fd, folder, regression=regression, model=model))
     table = tiny.random_table(18, regression=regression)
     view = tiny.windows(world, table, global_batch=15, micro_batch=micro_batch)
     indices = view.order.global_batch(step)
@@ -162,4 +162,12 @@ def test_a_rank_without_samples_takes_part(tmp_path):
     folder = tiny.write_config(tmp_path / "bert", "bert")
     expected = run_ranks(1, _full_gradient, folder, False, 1)[0]
     for gradient, _ in run_ranks(4, _window_gradients, folder, False, 2, 1):
+        assert np.linalg.norm(gradient - expected) / np.linalg.norm(expected) < 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    folder = tiny.write_config(tmp_path / "bert", "bert")
+    expected = run_ranks(1, _full_gradient, folder, False, 0)[0]
+    again = {"gradient_checkpointing": True}
+    for gradient, _ in run_ranks(2, _window_gradients, folder, False, 2, 0, again):
         assert np.linalg.norm(gradient - expected) / np.linalg.norm(expected) < 1e-5

@@ -10,8 +10,8 @@ import pytest
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.machine import Machine
 from ftlaunch.launcher.config import load_config
-from ftlaunch.launcher.job import rank_starts
 from ftlaunch.launcher.plan import LaunchPlan, make_plan
+from ftlaunch.launcher.ranks import rank_starts
 
 CPU = Machine(
     hostname="here",

@@ -7,13 +7,13 @@ where each slice lies are in the files' own headers (`store`).
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ftlaunch.cluster.errors import FtlaunchError, UserError
+from ftlaunch.strategies.files import replace_file
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -153,25 +153,7 @@ def _is_number(value: object) -> bool:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write by temporary file, fsync and rename: the name holds all of it or what was there."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """The name holds all of it or what was there before."""
+    with replace_file(path) as file:
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        file.write(text.encode() + b"\n")

@@ -18,11 +18,11 @@ from ftlaunch.strategies.checkpoint.manifest import (
     folder_name,
     read_manifest,
     step_of,
-    sync_folder,
     write_manifest,
 )
 from ftlaunch.strategies.checkpoint.retention import checkpoint_folders, remove
 from ftlaunch.strategies.checkpoint.store import CheckpointReader, shard_name, write_shard
+from ftlaunch.strategies.files import sync_folder
 
 # What a full disk, or a full share of one, says.
 _FULL = (errno.ENOSPC, errno.EDQUOT)

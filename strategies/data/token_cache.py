@@ -42,8 +42,9 @@ from ftlaunch.strategies.data.tokenizer import (
     locate_tokenizer,
     tokenizer_fingerprint,
 )
+from ftlaunch.strategies.files import replace_file
 from ftlaunch.strategies.options import DataOptions
-from ftlaunch.strategies.safetensors_file import FileDamaged, replace_file, write_file
+from ftlaunch.strategies.safetensors_file import FileDamaged, write_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
