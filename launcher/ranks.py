@@ -60,7 +60,7 @@ def rank_environment(plan: LaunchPlan, devices: Sequence[str] | None) -> dict[st
         "RAYON_NUM_THREADS": threads,
         # A thread that waits for another spins for a moment, not for the 300,000 rounds of libgomp:
         # beside other work it burns the core that the slower one needs (steps 3 to 20 times as long).
-        "GOMP_SPINCOUNT": "2000",
+        "GOMP_SPINCOUNT": "20000",
         # All ranks are on this machine; its host name may resolve to an address that is not.
         "GLOO_SOCKET_IFNAME": "lo",
         # Logs are files.
