@@ -566,3 +566,16 @@ def test_a_hostile_working_folder_odd_paths_and_flags_in_yaml(inputs, tmp_path):
     assert plan["cluster"]["max_restarts"] == 0
     assert [line["step"] for line in metrics_of(out)] == [1, 2, 3, 4, 5]
     assert_no_process_left(out)
+
+
+def test_the_demo(tmp_path):
+    """The first command of the README: four ranks, no model, no data, no network."""
+    result = ftlaunch("--nodes", 4, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, said(result)
+    (out,) = (tmp_path / "ftlaunch-runs").iterdir()
+    summary = summary_of(out)
+    assert (summary["status"], summary["world_size"]) == ("done", 4)
+    # Guessing the more frequent class would get 0.5 of the 500 held-out reviews right.
+    assert summary["eval"]["accuracy"] >= 0.90
+    assert (out / "model" / "model.safetensors").is_file()
+    assert_no_process_left(out)
