@@ -1,99 +1,171 @@
-"""One node's part of a job: detects the machine, holds the port, starts ranks, reports, kills.
+"""One node's part of a job: detects the machine, holds the port, hears its ranks, reports.
 
-Commands come by stdin, events leave by stdout. One thread, one selector, no framework. When stdin
-closes, the coordinator is gone: every rank is ended and so is this process.
+Commands come by stdin, events leave by stdout. One thread, one selector, no framework. The ranks
+themselves are children of the machine's fork server. When stdin closes or nothing has been heard
+for too long, the coordinator is gone: every rank is ended and so is this process.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
+import contextlib
 import os
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from pathlib import Path
 
-from ftlaunch.cluster.errors import UserError
+from ftlaunch.cluster.errors import FtlaunchError, UserError
 from ftlaunch.cluster.events import (
-    EVENT_FD_VARIABLE,
-    LISTEN_FD_VARIABLE,
+    AskStacks,
     Bind,
     Bound,
     Event,
     Exited,
-    FromRank,
     Hello,
     Kill,
     Killed,
+    Leave,
     LineBuffer,
+    Ping,
+    Pong,
+    Prepare,
     RankStart,
     Refused,
+    ServerGone,
+    ServerReady,
+    Spawn,
     Start,
+    Started,
     Stop,
+    Suspend,
     decode_command,
     encode_event,
 )
+from ftlaunch.cluster.fork_link import JOB_VARIABLE, ForkLink
+from ftlaunch.cluster.fork_server import SERVER_NAME
+from ftlaunch.cluster.linux import (
+    adopt_orphans,
+    kill_exactly,
+    name_process,
+    processes_with,
+    read_process,
+)
 from ftlaunch.cluster.machine import detect_machine
 from ftlaunch.cluster.ports import hold_port
+from ftlaunch.cluster.rank_watch import RankWatch
 
-_PR_SET_PDEATHSIG = 1
+AGENT_NAME = "ftlaunch-agent"
 _READ_BYTES = 1 << 16
-# After SIGKILL a process can only be held up by the kernel (a dead file server, a driver).
-_REAP_SECONDS = 5.0
-
-
-@dataclass(slots=True)
-class _Rank:
-    rank: int
-    process: subprocess.Popen[bytes]
-    pipe: int
-    pidfd: int
-    lines: LineBuffer = field(default_factory=LineBuffer)
+_TAIL_SECONDS = 0.1
+# Beyond the time of grace; the fork server itself allows the kernel three.
+_KILL_SECONDS = 4.0
+_STACK_SECONDS = 1.0
+# With so much unsent the ranks have to wait: nothing piles up here.
+_MAX_UNSENT_BYTES = 1 << 20
 
 
 class Agent:
-    """The ranks of one node."""
+    """The ranks of one node.
 
-    def __init__(self, commands: int, events: int) -> None:
+    heartbeat_seconds   silence of the coordinator after which it is taken for gone
+    """
+
+    def __init__(self, commands: int, events: int, *, heartbeat_seconds: float) -> None:
         self._commands = commands
         self._events = events
+        self._heartbeat_seconds = heartbeat_seconds
+        self._heard_at: float | None = time.monotonic()
         self._selector = selectors.DefaultSelector()
-        self._ranks: dict[int, _Rank] = {}
+        self._watch = RankWatch(
+            self._selector, self._send, lambda: len(self._unsent) > _MAX_UNSENT_BYTES
+        )
         self._listener: socket.socket | None = None
+        self._link: ForkLink | None = None
+        self._prepare: Prepare | None = None
+        self._kill_by: float | None = None
         self._command_lines = LineBuffer()
+        self._unsent = bytearray()
+        os.set_blocking(events, False)
 
     def run(self) -> None:
-        """Serve until the command pipe closes."""
+        """Serve until the command pipe closes or the coordinator falls silent."""
         machine = detect_machine(os.environ)
-        self._send(Hello(machine=machine.to_dict(), pid=os.getpid()))
-        self._watch(self._commands, self._read_commands)
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        self._send(Hello(machine=machine.to_dict(), pid=os.getpid(), boot_id=boot_id))
+        self._listen_to(self._commands, self._read_commands)
         try:
-            while self._selector.get_map():
-                for key, _ in self._selector.select():
+            while not self._is_forsaken():
+                for key, _ in self._selector.select(self._next_timeout()):
                     # What came before it in this round may have closed it.
                     if self._selector.get_map().get(key.fd) is key and not key.data():
                         return
+                self._look_around()
         finally:
-            self._kill_all()
+            self._leave()
 
-    def _watch(self, descriptor: int, on_ready: Callable[[], bool]) -> None:
+    def _listen_to(self, descriptor: int, on_ready: Callable[[], bool]) -> None:
         self._selector.register(descriptor, selectors.EVENT_READ, on_ready)
 
+    def _unwatch(self, descriptor: int) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(descriptor)
+
+    def _is_forsaken(self) -> bool:
+        if self._heard_at is None:
+            return False
+        silence = time.monotonic() - self._heard_at
+        if silence <= self._heartbeat_seconds:
+            return False
+        print(f"nothing heard of the coordinator for {silence:.1f} s", file=sys.stderr)
+        return True
+
+    def _next_timeout(self) -> float | None:
+        """Seconds until something is to be done without being asked."""
+        now = time.monotonic()
+        times = []
+        if self._heard_at is not None:
+            times.append(self._heard_at + self._heartbeat_seconds - now + 0.001)
+        if self._kill_by is not None:
+            times.append(self._kill_by - now)
+        if (due := self._watch.due_at()) is not None:
+            times.append(due - now)
+        return max(0.0, min(times)) if times else None
+
+    def _look_around(self) -> None:
+        """What is due by time."""
+        now = time.monotonic()
+        self._watch.look()
+        if self._kill_by is not None and now >= self._kill_by:
+            self._kill_by = None
+            self._end_server()
+
+    # -- events -----------------------------------------------------------------------------
+
     def _send(self, event: Event) -> None:
-        view = memoryview(encode_event(event))
-        while view:
-            view = view[os.write(self._events, view) :]
+        self._unsent += encode_event(event)
+        self._flush()
+
+    def _flush(self) -> bool:
+        """Write what the pipe takes; the rest follows when there is room."""
+        while self._unsent:
+            try:
+                del self._unsent[: os.write(self._events, self._unsent)]
+            except BlockingIOError:
+                if self._events not in self._selector.get_map():
+                    self._selector.register(self._events, selectors.EVENT_WRITE, self._flush)
+                return True
+        self._unwatch(self._events)
+        return True
 
     # -- commands ---------------------------------------------------------------------------
 
     def _read_commands(self) -> bool:
         """False when there will be no more."""
         data = os.read(self._commands, _READ_BYTES)
+        self._heard_at = time.monotonic()
         for line in self._command_lines.feed(data):
             self._obey(line)
         return bool(data)
@@ -101,22 +173,26 @@ class Agent:
     def _obey(self, line: bytes) -> None:
         try:
             command = decode_command(line)
-            if isinstance(command, Bind):
+            if isinstance(command, Ping):
+                self._send(Pong(echo=command.time, time=time.monotonic()))
+            elif isinstance(command, Suspend):
+                self._heard_at = None
+            elif isinstance(command, Bind):
                 self._bind(command)
+            elif isinstance(command, Prepare):
+                self._prepare = command
+                self._open_link()
             elif isinstance(command, Start):
-                for rank in command.ranks:
-                    self._start(rank)
-                self._close_listener()
-            elif isinstance(command, Stop):
-                for each in self._ranks.values():
-                    each.process.send_signal(signal.SIGTERM)
-            else:
-                assert isinstance(command, Kill)
-                self._kill_all()
-                self._send(Killed())
+                self._start(command)
+            elif isinstance(command, AskStacks):
+                self._watch.ask_stacks()
+            elif isinstance(command, Kill):
+                self._kill(command)
+            elif isinstance(command, Stop) and self._link is not None:
+                self._link.send(command)
         except UserError as error:
             self._send(Refused(reason=str(error), user=True))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, FtlaunchError) as error:
             self._send(Refused(reason=f"{type(error).__name__}: {error}", user=False))
 
     def _bind(self, command: Bind) -> None:
@@ -129,111 +205,140 @@ class Agent:
             self._listener.close()
             self._listener = None
 
-    def _start(self, start: RankStart) -> None:
-        """Start one rank in a session of its own, its output to its log, a pipe for its events."""
-        reading, writing = os.pipe()
-        inherited = [writing]
-        env = {**os.environ, **start.env, EVENT_FD_VARIABLE: str(writing)}
-        if start.inherits_listener and self._listener is not None:
-            inherited.append(self._listener.fileno())
-            env[LISTEN_FD_VARIABLE] = str(self._listener.fileno())
-        try:
-            with open(start.log_path, "ab") as log:
-                process = subprocess.Popen(
-                    start.argv,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=env,
-                    pass_fds=inherited,
-                    start_new_session=True,
-                    preexec_fn=_die_with_parent,
-                )
-        except OSError:
-            os.close(reading)
-            raise
-        finally:
-            # An inherited write end that stays open here would defeat end-of-file.
-            os.close(writing)
-        rank = _Rank(start.rank, process, reading, os.pidfd_open(process.pid))
-        self._ranks[start.rank] = rank
-        self._watch(rank.pipe, lambda: self._read_rank(rank))
-        self._watch(rank.pidfd, lambda: self._reap(rank))
+    # -- the fork server --------------------------------------------------------------------
+
+    def _open_link(self) -> ForkLink:
+        """The connection to a fork server as it was prepared; a new one where the last is gone."""
+        if self._prepare is None:
+            raise ValueError("ranks are to be started, but nothing was prepared")
+        if self._link is not None and self._link.prepare == self._prepare:
+            return self._link
+        if self._link is not None:
+            self._unwatch(self._link.fileno())
+            self._link.close()
+        self._link = ForkLink.open(self._prepare)
+        self._listen_to(self._link.fileno(), self._read_server)
+        return self._link
+
+    def _read_server(self) -> bool:
+        assert self._link is not None
+        event = self._link.receive()
+        if event is None:
+            self._lose_server()
+        elif isinstance(event, ServerReady):
+            self._link.server_pid = event.pid
+            self._send(event)
+        elif isinstance(event, Started):
+            self._watch.started(event)
+            self._send(event)
+        elif isinstance(event, Exited):
+            self._send(self._watch.exited(event))
+        elif isinstance(event, Killed):
+            self._kill_by = None
+            self._watch.forget_all()
+            self._send(event)
+        else:
+            self._send(event)
+        return True
+
+    def _lose_server(self) -> None:
+        """Its ranks have ended with it; what they had started is ended here."""
+        assert self._link is not None
+        now = time.monotonic()
+        self._unwatch(self._link.fileno())
+        how = self._link.how_it_ended()
+        pid = self._link.server_pid or 0
+        self._link.close()
+        self._link = None
+        sweep()
+        self._watch.forget_all()
+        self._send(ServerGone(pid=pid, how=how, time=now))
+        if self._kill_by is not None:
+            self._kill_by = None
+            self._send(Killed(survivors=[]))
+
+    def _end_server(self) -> None:
+        """It does not do as it is told: SIGKILL, by which its ranks end, too."""
+        if self._link is None or self._link.server_pid is None:
+            return
+        process = read_process(self._link.server_pid)
+        if process is not None and process.name == SERVER_NAME:
+            kill_exactly(process)
+        self._kill_by = time.monotonic() + _KILL_SECONDS
 
     # -- ranks ------------------------------------------------------------------------------
 
-    def _read_rank(self, rank: _Rank) -> bool:
-        data = os.read(rank.pipe, _READ_BYTES)
-        if not data:
-            self._selector.unregister(rank.pipe)
-        for line in rank.lines.feed(data):
-            try:
-                payload = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(payload, dict):
-                self._send(FromRank(rank=rank.rank, payload=payload))
-        return True
+    def _start(self, command: Start) -> None:
+        link = self._open_link()
+        for start in command.ranks:
+            self._start_rank(link, start)
+        self._close_listener()
 
-    def _reap(self, rank: _Rank) -> bool:
-        """Report an exit, after everything that the rank had still said."""
-        code = rank.process.wait()
-        os.set_blocking(rank.pipe, False)
+    def _start_rank(self, link: ForkLink, start: RankStart) -> None:
+        """Hand the fork server the rank's log, a pipe for its events, and the port."""
+        log, pipe = self._watch.add(start)
+        descriptors = [log, pipe]
+        if start.inherits_listener and self._listener is not None:
+            descriptors.append(self._listener.fileno())
+        # An inherited write end that stays open here would defeat end-of-file.
         try:
-            while rank.pipe in self._selector.get_map():
-                self._read_rank(rank)
-        except BlockingIOError:
-            # Something that the rank started still holds the pipe.
-            self._selector.unregister(rank.pipe)
-        self._forget(rank)
-        _kill_group(rank.process.pid)
-        gone_by_signal = code < 0
-        self._send(
-            Exited(
-                rank=rank.rank,
-                code=None if gone_by_signal else code,
-                signal=-code if gone_by_signal else None,
-            )
-        )
-        return True
+            link.send(Spawn(rank=start), descriptors)
+        finally:
+            os.close(log)
+            os.close(pipe)
 
-    def _forget(self, rank: _Rank) -> None:
-        for descriptor in (rank.pipe, rank.pidfd):
-            if descriptor in self._selector.get_map():
-                self._selector.unregister(descriptor)
-            os.close(descriptor)
-        del self._ranks[rank.rank]
+    def _kill(self, command: Kill) -> None:
+        if self._link is None:
+            self._send(Killed(survivors=[]))
+            return
+        grace = 0.0 if command.at_once else self._link.prepare.grace_seconds
+        self._kill_by = time.monotonic() + grace + _KILL_SECONDS
+        self._link.send(command)
 
-    def _kill_all(self) -> None:
-        """End every rank with all of its process group, and wait until they are gone."""
-        for rank in self._ranks.values():
-            _kill_group(rank.process.pid)
-        deadline = time.monotonic() + _REAP_SECONDS
-        for rank in list(self._ranks.values()):
-            try:
-                rank.process.wait(timeout=max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                print(f"rank {rank.rank} survives SIGKILL", file=sys.stderr)
-            self._forget(rank)
+    # -- the end ----------------------------------------------------------------------------
+
+    def _leave(self) -> None:
+        """End every rank with all that it started, and wait until they are gone."""
+        self._close_listener()
+        if self._link is None:
+            return
+        grace = self._link.prepare.grace_seconds
+        self._link.send(Kill(at_once=False))
+        deadline = time.monotonic() + grace + _KILL_SECONDS
+        try:
+            while time.monotonic() < deadline:
+                event = self._link.receive(max(0.01, deadline - time.monotonic()))
+                if event is None or isinstance(event, Killed):
+                    break
+        except (TimeoutError, ValueError):
+            self._end_server()
+        self._link.send(Leave())
+        self._link.close()
+        self._link.wait(2.0)
 
 
-def _kill_group(group: int) -> None:
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-
-
-def _die_with_parent() -> None:
-    """Between fork and exec: if the agent is killed, the kernel kills the rank."""
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def sweep() -> None:
+    """SIGKILL for everything that carries the job's mark, but for its agents and fork servers."""
+    job = os.environ.get(JOB_VARIABLE)
+    if job is None:
+        return
+    for process in list(processes_with(JOB_VARIABLE, job)):
+        if process.name not in (AGENT_NAME, SERVER_NAME) and process.pid != os.getpid():
+            kill_exactly(process)
 
 
 def main() -> int:
+    """Argument: seconds of the coordinator's silence after which it is taken for gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    name_process(AGENT_NAME)
+    adopt_orphans()
+    agent = Agent(
+        commands=sys.stdin.fileno(),
+        events=sys.stdout.fileno(),
+        heartbeat_seconds=float(sys.argv[1]),
+    )
     try:
-        Agent(commands=sys.stdin.fileno(), events=sys.stdout.fileno()).run()
+        agent.run()
     except BrokenPipeError:
         return 1
     return 0

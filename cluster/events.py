@@ -1,27 +1,57 @@
-"""What travels between coordinator, agents and ranks: typed messages as JSON lines over pipes.
+"""What travels between coordinator, agents and fork servers: typed messages as JSON.
 
-Three pipes: commands go down an agent's stdin, events come up its stdout behind a prefix (so that
-what a login shell prints is not taken for one), and a rank tells its agent over a pipe of its own.
-What a rank's payload means is not known here, but for "failed".
+Commands go down an agent's stdin, events come up its stdout behind a prefix (so that what a login
+shell prints is not taken for one). An agent hands commands about ranks on to the fork server of its
+machine and the events of that back to the coordinator. What ranks say is `cluster.rank_pipe`'s.
+
+All times are of the sender's CLOCK_MONOTONIC.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 EVENT_PREFIX = b"\x1eftlaunch "
 # A line that does not end is not kept for ever.
 MAX_LINE_BYTES = 4 * 1024 * 1024
-MAX_TRACEBACK_CHARS = 4000
-EVENT_FD_VARIABLE = "FTLAUNCH_EVENT_FD"
-LISTEN_FD_VARIABLE = "FTLAUNCH_LISTEN_FD"
+StartMethod = Literal["fork", "exec"]
 
 
-# -- commands: coordinator → agent --------------------------------------------------------------
+# -- commands: coordinator → agent, and on to the fork server -----------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ping:
+    """A sign of life, to be answered by a Pong."""
+
+    kind: ClassVar[str] = "ping"
+    time: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suspend:
+    """The coordinator is being stopped by its user (Ctrl-Z): its silence means nothing until a Ping."""
+
+    kind: ClassVar[str] = "suspend"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepare:
+    """Have a fork server ready for the ranks that will follow.
+
+    env            what it and every rank have beside the agent's own environment
+    preload        modules that it imports before it forks; none for the start method "exec"
+    grace_seconds  between SIGTERM and SIGKILL when ranks are ended; 0: no SIGTERM
+    """
+
+    kind: ClassVar[str] = "prepare"
+    start_method: StartMethod
+    env: dict[str, str]
+    preload: list[str]
+    grace_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +65,22 @@ class Bind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankStart:
-    """One rank to start: its command, what it adds to the environment, where its output goes."""
+    """One process to start: a rank, or below zero one that serves the ranks and ends with them.
+
+    module         whose main() it runs; `arguments` become sys.argv[1:]
+    env            what it has beside what was prepared
+    working_dir    None: the agent's own
+    shows_output   its output is sent to the coordinator, too
+    """
 
     rank: int
-    argv: list[str]
+    module: str
+    arguments: list[str]
     env: dict[str, str]
+    working_dir: str | None
     log_path: str
     inherits_listener: bool
+    shows_output: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,27 +90,61 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spawn:
+    """Agent → fork server, with descriptors: the log, the event pipe and, if inherited, the listener."""
+
+    kind: ClassVar[str] = "spawn"
+    rank: RankStart
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """Ask every rank to stop at its next step boundary (SIGTERM)."""
+    """Ask every rank to stop: a signal that it may handle."""
 
     kind: ClassVar[str] = "stop"
+    signal: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kill:
-    """End every rank and all that it started, now."""
+    """End every rank and all that it started: after the time of grace, or `at_once`."""
 
     kind: ClassVar[str] = "kill"
+    at_once: bool
 
 
-# -- events: agent → coordinator ----------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leave:
+    """Agent → fork server: the job is over, nobody will take my place."""
+
+    kind: ClassVar[str] = "leave"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskStacks:
+    """Ask every rank where it is."""
+
+    kind: ClassVar[str] = "ask_stacks"
+
+
+# -- events: fork server → agent → coordinator --------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
+    """An agent is there. Machines with the same `boot_id` are one, and have one clock."""
+
     kind: ClassVar[str] = "hello"
     machine: dict[str, Any]
     pid: int
+    boot_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pong:
+    kind: ClassVar[str] = "pong"
+    echo: float
+    time: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,46 +154,110 @@ class Bound:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServerReady:
+    """The fork server has begun; it may still be importing."""
+
+    kind: ClassVar[str] = "server_ready"
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerGone:
+    """The fork server has ended, and its ranks with it. `how` in words, where its agent knows."""
+
+    kind: ClassVar[str] = "server_gone"
+    pid: int
+    how: str
+    time: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    kind: ClassVar[str] = "started"
+    rank: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FromRank:
     """What a rank said."""
 
     kind: ClassVar[str] = "from_rank"
     rank: int
     payload: dict[str, Any]
+    time: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What a rank wrote to its log."""
+
+    kind: ClassVar[str] = "output"
+    rank: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """Where a rank is. `text` is empty when it did not answer; `state` is the kernel's word for it."""
+
+    kind: ClassVar[str] = "stack"
+    rank: int
+    text: str
+    state: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exited:
-    """A rank is gone: with an exit code, or by a signal."""
+    """A rank is gone: with an exit code, or by a signal.
+
+    out_of_memory   what the kernel says when it killed for want of memory; else empty
+    left_behind     processes that outlived their rank; they end with the last one
+    """
 
     kind: ClassVar[str] = "exited"
     rank: int
     code: int | None
     signal: int | None
+    time: float
+    out_of_memory: str = ""
+    left_behind: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Killed:
-    """Every rank that this agent had is gone."""
+    """Every rank of this agent is gone, but for processes that survive SIGKILL."""
 
     kind: ClassVar[str] = "killed"
+    survivors: list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """The agent could not carry out a command; `user` when the user can mend it."""
+    """A command could not be carried out; `user` when the user can mend it."""
 
     kind: ClassVar[str] = "refused"
     reason: str
     user: bool
 
 
-Command = Bind | Start | Stop | Kill
-Event = Hello | Bound | FromRank | Exited | Killed | Refused
-_COMMANDS: dict[str, type[Any]] = {c.kind: c for c in (Bind, Start, Stop, Kill)}
-_EVENTS: dict[str, type[Any]] = {
-    e.kind: e for e in (Hello, Bound, FromRank, Exited, Killed, Refused)
-}
+Command = Ping | Suspend | Bind | Prepare | Start | Spawn | Stop | Kill | Leave | AskStacks
+Event = (
+    Hello
+    | Pong
+    | Bound
+    | ServerReady
+    | ServerGone
+    | Started
+    | FromRank
+    | Output
+    | Stack
+    | Exited
+    | Killed
+    | Refused
+)
+_COMMANDS: dict[str, type[Any]] = {c.kind: c for c in get_args(Command)}
+_EVENTS: dict[str, type[Any]] = {e.kind: e for e in get_args(Event)}
 
 
 def encode_command(command: Command) -> bytes:
@@ -134,8 +271,13 @@ def encode_event(event: Event) -> bytes:
 def decode_command(line: bytes) -> Command:
     """ValueError for anything malformed."""
     command = _decode(line, _COMMANDS)
-    if isinstance(command, Start):
-        return Start(ranks=[RankStart(**raw) for raw in command.ranks])  # type: ignore[arg-type]
+    try:
+        if isinstance(command, Start):
+            return Start(ranks=[RankStart(**raw) for raw in command.ranks])  # type: ignore[arg-type]
+        if isinstance(command, Spawn):
+            return Spawn(rank=RankStart(**command.rank))  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(f"malformed message: {error}") from None
     return command  # type: ignore[no-any-return]
 
 
@@ -144,6 +286,16 @@ def decode_event(line: bytes) -> Event | None:
     if not line.startswith(EVENT_PREFIX):
         return None
     return _decode(line[len(EVENT_PREFIX) :], _EVENTS)  # type: ignore[no-any-return]
+
+
+def encode_server_event(event: Event) -> bytes:
+    """Without a prefix: nobody else writes to that socket."""
+    return _encode(event)
+
+
+def decode_server_event(message: bytes) -> Event:
+    """ValueError for anything malformed."""
+    return _decode(message, _EVENTS)  # type: ignore[no-any-return]
 
 
 def _encode(message: Command | Event) -> bytes:
@@ -158,58 +310,6 @@ def _decode(line: bytes, kinds: Mapping[str, type[Any]]) -> Any:
         return kinds[raw.pop("kind")](**raw)
     except TypeError as error:
         raise ValueError(f"malformed message: {error}") from None
-
-
-# -- rank → agent -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """Why a rank failed, in its own words or in those of its exit.
-
-    cause   "user" (a mistake in what was asked for), "exception", "exit" or "signal"
-    """
-
-    rank: int
-    node: str
-    cause: str
-    title: str
-    traceback: str
-    log_path: str
-
-
-def failure_payload(cause: str, title: str, traceback: str) -> dict[str, Any]:
-    """The payload by which a rank says why it fails. The whole traceback is in the rank's log."""
-    return {
-        "kind": "failed",
-        "cause": cause,
-        "title": title[:MAX_TRACEBACK_CHARS],
-        "traceback": traceback[-MAX_TRACEBACK_CHARS:],
-    }
-
-
-class RankPipe:
-    """A rank's end of the pipe to its agent. Writes nowhere when there is no agent."""
-
-    def __init__(self, descriptor: int | None) -> None:
-        self._descriptor = descriptor
-
-    @classmethod
-    def from_environment(cls) -> RankPipe:
-        value = os.environ.pop(EVENT_FD_VARIABLE, None)
-        return cls(int(value) if value is not None else None)
-
-    def send(self, payload: Mapping[str, Any]) -> None:
-        """Blocks while the pipe is full. An agent that is gone kills us; nothing to handle here."""
-        if self._descriptor is None:
-            return
-        line = json.dumps(payload).encode() + b"\n"
-        view = memoryview(line)
-        try:
-            while view:
-                view = view[os.write(self._descriptor, view) :]
-        except BrokenPipeError:
-            self._descriptor = None
 
 
 # -- lines --------------------------------------------------------------------------------------

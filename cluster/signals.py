@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as something a selector can wait for."""
+"""Ctrl-C, Ctrl-Z and SIGTERM as something a selector can wait for."""
 
 from __future__ import annotations
 
@@ -7,24 +7,31 @@ import signal
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
     """Counts the requests to stop; `descriptor` becomes readable at each.
 
-    hurry   Ctrl-C was pressed when a stop had been asked for already
+    first     the signal by which a stop was asked for first
+    hurry     Ctrl-C was pressed when a stop had been asked for already
+    suspend   Ctrl-Z was pressed; set back by whoever obeys
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self.first: int | None = None
         self.hurry = False
+        self.suspend = False
         self.descriptor, self._writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
-        for number in _SIGNALS:
+        for number in _STOPS:
             self._before[number] = signal.signal(number, self._count)
+        # A shell without job control has it ignored, and so it stays.
+        if signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
+            self._before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._ask_suspend)
 
     def restore(self) -> None:
         for number, handler in self._before.items():
@@ -40,7 +47,15 @@ class StopSignals:
 
     def _count(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
+        self.first = self.first or number
         self.hurry = self.hurry or (self.count > 1 and number == signal.SIGINT)
+        self._wake()
+
+    def _ask_suspend(self, number: int, frame: FrameType | None) -> None:
+        self.suspend = True
+        self._wake()
+
+    def _wake(self) -> None:
         try:
             os.write(self._writing, b"!")
         except BlockingIOError:

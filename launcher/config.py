@@ -26,6 +26,7 @@ from ftlaunch.strategies.options import (
     DataOptions,
     JobOptions,
     ModelOptions,
+    NonNegativeFloat,
     TrainOptions,
 )
 
@@ -46,6 +47,18 @@ class ClusterOptions:
     max_restarts: Annotated[int, Ge(0)] = 3
     # Of the rendezvous on node 0; 0 lets it choose a free one.
     port: Annotated[int, Ge(0), Le(65535)] = 0
+    # fork: imports once a machine; exec: an interpreter for each rank. None: fork for training,
+    # exec for a user's script, which may set variables before it imports.
+    start_method: Literal["fork", "exec"] | None = None
+    # Whose output a script's user sees: rank 0's, everyone's with [node:rank], nobody's. None: rank 0's
+    # for a script, nobody's for training. The logs hold it all.
+    show_output: Literal["first", "all", "none"] | None = None
+    # Silence of an agent or of the coordinator after which it is taken for lost.
+    heartbeat_timeout_seconds: Annotated[float, Gt(0)] = 15.0
+    # No step for so long means a hang; 0 waits for ever. Loading, evaluating and saving have more.
+    stall_timeout_seconds: NonNegativeFloat = 600.0
+    # Between SIGTERM and SIGKILL when the ranks of a script are ended; others have nothing to save.
+    grace_seconds: NonNegativeFloat = 3.0
     # Time to reach a step boundary and save after a stop was asked for.
     stop_timeout_seconds: Annotated[float, Gt(0)] = 300.0
     # A collective that takes longer means that a rank is lost.

@@ -69,6 +69,11 @@ class Console:
     def warn(self, text: str) -> None:
         self._print(f"warning: {plain_text(text)}", "yellow")
 
+    def output(self, text: str, label: str) -> None:
+        """What a rank printed, line by line, each behind `label` where several ranks are shown."""
+        for line in text.splitlines():
+            self._print(label + plain_text(line))
+
     def plan(self, lines: Sequence[str]) -> None:
         for line in lines:
             self.say(line)
@@ -89,7 +94,7 @@ class Console:
         elif isinstance(message, Saved):
             self._flush_step()
             self.say(_saved_line(message))
-        else:
+        elif isinstance(message, Finished):
             self._handle_finish(message)
 
     def failure(self, title: str, body: str, footer: str) -> None:

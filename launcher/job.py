@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ftlaunch.cluster.coordinator import Coordinator, Outcome
+from ftlaunch.cluster.attempt import Outcome
+from ftlaunch.cluster.coordinator import Coordinator
+from ftlaunch.cluster.descriptors import need_descriptors
 from ftlaunch.cluster.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -20,21 +21,27 @@ from ftlaunch.cluster.errors import (
     EXIT_USER_MISTAKE,
     UserError,
 )
-from ftlaunch.cluster.events import Failure
 from ftlaunch.cluster.machine import Machine, detect_machine
+from ftlaunch.cluster.verdict import Failure, Verdict
+from ftlaunch.launcher.attempts import Timeline, run_attempts
 from ftlaunch.launcher.config import RunConfig
 from ftlaunch.launcher.console import Console
-from ftlaunch.launcher.output_folder import OWN_NAMES, OutputFolder
-from ftlaunch.launcher.plan import LaunchPlan, make_plan
-from ftlaunch.launcher.ranks import ADDRESS, PLAN_OF_RANKS, rank_starts
+from ftlaunch.launcher.ending import show_verdict, verdict_json
+from ftlaunch.launcher.output_folder import OWN_NAMES, OutputFolder, default_output_dir
+from ftlaunch.launcher.plan import LaunchPlan, halve_micro_batch, make_plan
+from ftlaunch.launcher.ranks import ADDRESS, PLAN_OF_RANKS, output_label, preparation, rank_starts
 from ftlaunch.launcher.recorder import Recorder
+from ftlaunch.launcher.rehearsal import Rehearsal
 from ftlaunch.launcher.report import write_report
+from ftlaunch.launcher.restarts import Restart, RestartPolicy
 from ftlaunch.strategies.checkpoint.manifest import write_json
 from ftlaunch.strategies.data.demo import write_demo
 from ftlaunch.strategies.model_config import check_model_folder
 from ftlaunch.strategies.progress import (
+    Alive,
     DataReady,
     Finished,
+    Phase,
     Resumed,
     Saved,
     StepDone,
@@ -42,6 +49,8 @@ from ftlaunch.strategies.progress import (
 )
 
 Mode = Literal["train", "eval"]
+# What loading, evaluating and saving may take without a word, in stall timeouts.
+_PATIENCE = {"data": 6.0, "model": 3.0, "evaluate": 3.0, "save": 3.0, "train": 3.0}
 
 
 @dataclass(slots=True)
@@ -52,7 +61,7 @@ class _Record:
     first_step_at: float | None = None
     data_seconds: float | None = None
     finished: Finished | None = None
-    restarts: int = 0
+    progressed: bool = False
     last_saved_step: int = 0
     disk_error: OSError | None = None
     notes: list[str] = field(default_factory=list)
@@ -74,31 +83,33 @@ def show_plan(config: RunConfig, console: Console, *, mode: Mode = "train") -> i
     return EXIT_DONE
 
 
-def default_output_dir(config: RunConfig) -> Path:
-    if config.output_dir is not None:
-        return Path(config.output_dir)
-    return Path.cwd() / "ftlaunch-runs" / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
-
-
 def check_input(config: RunConfig) -> None:
     """What can be seen to be missing without reading it. UserError."""
     if not config.is_demo:
         check_model_folder(config.model)
 
 
-def run_job(config: RunConfig, console: Console, *, overwrite: bool, mode: Mode = "train") -> int:
+def run_job(
+    config: RunConfig,
+    console: Console,
+    *,
+    overwrite: bool,
+    mode: Mode = "train",
+    rehearsal: Rehearsal | None = None,
+) -> int:
     """Run the job to its end; the exit code. UserError for what the user can mend."""
-    started = time.monotonic()
+    timeline = Timeline(time.monotonic())
     check_input(config)
     # A plan for machines like this one: most mistakes are found before anything is made or started.
     machine = detect_machine(os.environ)
     folder = default_output_dir(config)
     make_plan(config, [machine] * config.cluster.nodes, output_dir=str(folder), mode=mode)
+    need_descriptors(config.cluster.nodes)
     if overwrite:
         _keep_input(config, folder)
     with OutputFolder(folder, overwrite=overwrite):
         config = prepare_demo(config) if config.is_demo else config
-        return _Job(config, folder, console, started, mode).run()
+        return _Job(config, folder, console, timeline, mode, machine, rehearsal).run()
 
 
 def _keep_input(config: RunConfig, folder: Path) -> None:
@@ -133,82 +144,134 @@ class _Job:
     """The coordinator's side of one job in its own output folder."""
 
     def __init__(
-        self, config: RunConfig, folder: Path, console: Console, started: float, mode: Mode
+        self,
+        config: RunConfig,
+        folder: Path,
+        console: Console,
+        timeline: Timeline,
+        mode: Mode,
+        machine: Machine,
+        rehearsal: Rehearsal | None,
     ) -> None:
         self._config = config
         self._folder = folder
         self._console = console
+        self._timeline = timeline
         self._mode: Mode = mode
-        self._record = _Record(started=started)
+        self._machine = machine
+        self._rehearsal = rehearsal or Rehearsal(())
+        self._record = _Record(started=timeline.started)
+        self._policy = RestartPolicy(max_restarts=config.cluster.max_restarts)
 
     def run(self) -> int:
-        names = [f"node{number}" for number in range(self._config.cluster.nodes)]
-        log_dir = self._folder / "logs"
-        with Coordinator(names, env={}, log_dir=log_dir) as coordinator:
+        cluster = self._config.cluster
+        with Coordinator(
+            [f"node{number}" for number in range(cluster.nodes)],
+            log_dir=self._folder / "logs",
+            heartbeat_seconds=cluster.heartbeat_timeout_seconds,
+        ) as coordinator:
+            # The nodes are this machine: what it needs is known before their agents have answered.
+            coordinator.prepare(preparation(self._plan([self._machine] * cluster.nodes)))
             machines = coordinator.machines()
             if coordinator.stop_requested:
                 return EXIT_INTERRUPTED if coordinator.hurried else EXIT_STOPPED
-            plan = make_plan(self._config, machines, output_dir=str(self._folder), mode=self._mode)
-            # It becomes the folder's plan when the ranks have seen that this is the folder's job.
-            write_json(self._folder / "logs" / PLAN_OF_RANKS, plan.to_json())
+            plan = self._plan(machines)
+            coordinator.prepare(preparation(plan))
             self._console.plan([*_notes(machines), *plan.describe()])
             with Recorder(self._folder) as recorder:
                 outcome = self._attempts(plan, coordinator, recorder)
                 return self._finish(plan, outcome, recorder)
 
+    def _plan(self, machines: Sequence[Machine]) -> LaunchPlan:
+        return make_plan(self._config, machines, output_dir=str(self._folder), mode=self._mode)
+
     # -- running ----------------------------------------------------------------------------
 
     def _attempts(self, plan: LaunchPlan, coordinator: Coordinator, recorder: Recorder) -> Outcome:
-        """Run the ranks; start them again from the last checkpoint when one of them was killed."""
-        progress_before = -1
-        while True:
-            outcome = self._attempt(plan, coordinator, recorder)
-            failure = outcome.failure
-            if failure is None or failure.cause != "signal" or self._record.disk_error:
-                return outcome
-            if coordinator.stop_requested:
-                return outcome
-            # Two failures with no checkpoint between them would repeat for ever.
-            progressed = self._record.last_saved_step > progress_before
-            if not progressed or self._record.restarts >= plan.cluster.max_restarts:
-                return outcome
-            progress_before = self._record.last_saved_step
-            self._record.restarts += 1
-            reason = f"rank {failure.rank} on {failure.node}: {failure.title}"
-            recorder.restarted(reason)
-            self._console.warn(
-                f"{reason}; restart {self._record.restarts} of {plan.cluster.max_restarts} from "
-                + ("the last checkpoint" if progress_before else "the beginning")
+        """Run the ranks; start them again from the last checkpoint where that is worth it."""
+
+        def decide(failure: Failure) -> Restart | None:
+            if self._record.disk_error is not None:
+                return None
+            step = self._record.last_saved_step
+            return self._policy.decide(
+                failure,
+                progressed=self._record.progressed,
+                can_halve=plan.micro_batch > 1,
+                goes_on=f"the checkpoint of step {step}" if step else "the beginning",
             )
 
+        def on_restart(restart: Restart) -> None:
+            nonlocal plan
+            if restart.halves_micro_batch:
+                plan = halve_micro_batch(plan) or plan
+            self._record.progressed = False
+            recorder.restarted(restart.why)
+            self._console.warn(restart.why)
+
+        return run_attempts(
+            coordinator,
+            self._policy,
+            self._timeline,
+            lambda: self._attempt(plan, coordinator, recorder),
+            decide,
+            on_restart,
+        )
+
     def _attempt(self, plan: LaunchPlan, coordinator: Coordinator, recorder: Recorder) -> Outcome:
+        # It becomes the folder's plan when the ranks have seen that this is the folder's job.
+        write_json(self._folder / "logs" / PLAN_OF_RANKS, plan.to_json())
         port = coordinator.bind(ADDRESS, plan.cluster.port) if plan.world_size > 1 else 0
 
         def on_message(rank: int, payload: Mapping[str, Any]) -> None:
             try:
-                self._take(payload, recorder)
+                self._take(payload, coordinator, recorder)
             except OSError as error:
                 self._record.disk_error = self._record.disk_error or error
                 coordinator.give_up(f"the output folder cannot be written: {error.strerror}")
 
+        self._allow(coordinator, "data")
+        self._timeline.add(f"{plan.world_size} ranks start")
+        coordinator.on_tick = lambda: self._rehearsal.tick(coordinator, self._timeline)
         return coordinator.run(
             rank_starts(plan, port, self._folder),
             on_message=on_message,
+            on_output=lambda rank, text: self._console.output(
+                text, output_label(plan.cluster, plan.hosts, rank)
+            ),
             on_stop=lambda: self._console.say(
                 "stopping: a checkpoint is written at the next step (Ctrl-C again ends at once)"
             ),
             stop_seconds=plan.cluster.stop_timeout_seconds,
         )
 
-    def _take(self, payload: Mapping[str, Any], recorder: Recorder) -> None:
+    def _allow(self, coordinator: Coordinator, phase: str) -> None:
+        """How long the ranks may now be silent."""
+        seconds = self._config.cluster.stall_timeout_seconds
+        coordinator.allowance = seconds * _PATIENCE.get(phase, 1.0) if seconds else None
+
+    def _take(
+        self, payload: Mapping[str, Any], coordinator: Coordinator, recorder: Recorder
+    ) -> None:
         try:
             message = from_dict(payload)
         except ValueError as error:
             self._console.warn(str(error))
             return
         record = self._record
-        if isinstance(message, StepDone) and record.first_step_at is None:
-            record.first_step_at = time.monotonic()
+        if isinstance(message, Alive):
+            return
+        if isinstance(message, Phase):
+            self._allow(coordinator, message.name)
+            self._rehearsal.phase(message.name)
+            return
+        if isinstance(message, StepDone):
+            self._allow(coordinator, "step")
+            self._rehearsal.step(message.step)
+            record.first_step_at = record.first_step_at or time.monotonic()
+            if not record.progressed:
+                self._timeline.add(f"step {message.step} is done")
+            record.progressed = True
         elif isinstance(message, DataReady):
             record.data_seconds = message.seconds
             plan = json.loads((self._folder / "logs" / PLAN_OF_RANKS).read_bytes())
@@ -223,8 +286,8 @@ class _Job:
     # -- the end ----------------------------------------------------------------------------
 
     def _finish(self, plan: LaunchPlan, outcome: Outcome, recorder: Recorder) -> int:
-        failure, code = self._judge(outcome)
-        summary = self._summary(plan, outcome, recorder, failure, code)
+        verdict, code = self._judge(outcome)
+        summary = self._summary(plan, outcome, recorder, verdict, code)
         # A job that was refused leaves what the folder's own job has written.
         refused = code == EXIT_USER_MISTAKE and self._record.data_seconds is None
         if not (refused and (self._folder / "checkpoints").exists()):
@@ -233,29 +296,40 @@ class _Job:
                 write_report(self._folder)
             except OSError as error:
                 self._console.warn(f"summary and report could not be written: {error.strerror}")
-        if failure is not None:
-            self._show_failure(failure)
+        if verdict is not None:
+            show_verdict(self._console, verdict)
         elif outcome.ending == "done":
             self._console.done(summary)
         elif outcome.ending == "stopped":
             self._console.say(self._how_to_go_on())
         else:
             self._console.say("ended at once; the last whole checkpoint stays")
+        self._timeline.add(f"exit code {code}")
+        if self._rehearsal.faults:
+            self._console.plan(["", "timeline", *self._timeline.lines()])
         return code
 
-    def _judge(self, outcome: Outcome) -> tuple[Failure | None, int]:
+    def _judge(self, outcome: Outcome) -> tuple[Verdict | None, int]:
         if self._record.disk_error is not None:
             error = self._record.disk_error
             title = (
                 f"{error.strerror} while writing to {self._folder}. Whole checkpoints, if any, are "
                 "untouched: free some space and run the same command again to go on from the last."
             )
-            return Failure(
-                rank=0, node="node0", cause="user", title=title, traceback="", log_path=""
-            ), EXIT_USER_MISTAKE
-        if outcome.failure is not None:
-            mistake = outcome.failure.cause == "user"
-            return outcome.failure, EXIT_USER_MISTAKE if mistake else EXIT_FAILED
+            mistake = Failure(
+                rank=0,
+                node="node0",
+                subject="the coordinator",
+                cause="user",
+                title=title,
+                traceback="",
+                log_path="",
+                time=time.monotonic(),
+            )
+            return Verdict(first=mistake, consequences=()), EXIT_USER_MISTAKE
+        if outcome.verdict is not None:
+            by_user = outcome.verdict.first.cause == "user"
+            return outcome.verdict, EXIT_USER_MISTAKE if by_user else EXIT_FAILED
         codes = {"done": EXIT_DONE, "stopped": EXIT_STOPPED, "interrupted": EXIT_INTERRUPTED}
         return None, codes[outcome.ending]
 
@@ -265,20 +339,12 @@ class _Job:
             return "stopped before the first step; run the same command to begin again"
         return f"stopped after step {step}, saved in {self._folder}; run the same command to go on"
 
-    def _show_failure(self, failure: Failure) -> None:
-        if failure.cause == "user":
-            self._console.failure(failure.title, "", "")
-            return
-        title = f"rank {failure.rank} on {failure.node} failed: {failure.title}"
-        body = failure.traceback or _tail(failure.log_path)
-        self._console.failure(title, body, f"log: {failure.log_path}")
-
     def _summary(
         self,
         plan: LaunchPlan,
         outcome: Outcome,
         recorder: Recorder,
-        failure: Failure | None,
+        verdict: Verdict | None,
         code: int,
     ) -> dict[str, Any]:
         record, totals = self._record, recorder.totals()
@@ -306,7 +372,7 @@ class _Job:
             "peak_memory_bytes": finished.peak_memory_bytes if finished else None,
             "eval": dict(finished.metrics if finished else totals.eval),
             "model_dir": finished.model_dir if finished else None,
-            "failure": None if failure is None else asdict(failure),
+            "failure": verdict_json(verdict),
             "predictions": self._predictions(code),
         }
 
@@ -318,14 +384,3 @@ class _Job:
 
 def _notes(machines: Sequence[Machine]) -> list[str]:
     return list(dict.fromkeys(note for machine in machines for note in machine.notes))
-
-
-def _tail(path: str, num_lines: int = 20, num_bytes: int = 1 << 14) -> str:
-    """The end of a rank's log."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - num_bytes))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return ""
-    return "\n".join(text.splitlines()[-num_lines:])

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import IO
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.launcher.config import RunConfig
 
 # What a run writes, and all that --overwrite deletes.
 OWN_NAMES = (
@@ -33,6 +34,12 @@ OWN_NAMES = (
 _OWNER = ".ftlaunch-owner"
 # Marks the folder as ours: what carries such a name elsewhere is not touched.
 _MARK = ".ftlaunch"
+
+
+def default_output_dir(config: RunConfig) -> Path:
+    if config.output_dir is not None:
+        return Path(config.output_dir)
+    return Path.cwd() / "ftlaunch-runs" / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
 
 
 class OutputFolder:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.cluster.events import StartMethod
 from ftlaunch.cluster.machine import Machine, check_framework
 from ftlaunch.launcher.config import ClusterOptions, RunConfig
+from ftlaunch.launcher.layout import HostPlan, Reason, describe, make_layout
 from ftlaunch.strategies.data.tasks import load_task
 from ftlaunch.strategies.options import JobOptions, Precision
 from ftlaunch.strategies.registry import STRATEGIES, entry
@@ -23,30 +25,6 @@ from ftlaunch.strategies.registry import STRATEGIES, entry
 # sorted by length before it is cut; an accelerator needs larger ones to be busy.
 _MICRO_BATCH = {"cpu": 8, "cuda": 32}
 _EVAL_FACTOR = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reason:
-    """One decision: what was chosen, and why, in words for the user."""
-
-    choice: str
-    value: str
-    why: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostPlan:
-    """One node's part. `assumed`: nobody asked that host; it is taken to be like this one.
-
-    devices   the driver's names of the accelerators that this node's ranks see; None: all
-    """
-
-    name: str
-    accelerator: str
-    device_name: str
-    num_devices: int
-    assumed: bool
-    devices: tuple[str, ...] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +45,7 @@ class LaunchPlan:
     eval_micro_batch: int
     accumulation: int
     threads_per_rank: int
+    start_method: StartMethod
     hosts: tuple[HostPlan, ...]
     reasons: tuple[Reason, ...]
 
@@ -88,18 +67,7 @@ class LaunchPlan:
 
     def describe(self) -> list[str]:
         """The plan as lines for the terminal."""
-        lines = [
-            f"{host.name}: {host.num_devices} × {host.device_name}"
-            + ("  (assumed to be like this machine)" if host.assumed else "")
-            for host in self.hosts
-        ]
-        width = max(len(reason.choice) for reason in self.reasons)
-        value_width = min(24, max(len(reason.value) for reason in self.reasons))
-        lines += [
-            f"{reason.choice:<{width}}  {reason.value:<{value_width}}  {reason.why}"
-            for reason in self.reasons
-        ]
-        return lines
+        return describe(self.hosts, self.reasons)
 
 
 def make_plan(
@@ -118,11 +86,8 @@ def make_plan(
     """
     reasons: list[Reason] = []
     load_task(config.task)
-    accelerator = _one_accelerator(machines)
-    kind = _cluster_kind(config, reasons)
-    devices = _devices(config.cluster, machines, accelerator, reasons)
-    num_nodes = config.cluster.nodes
-    world_size = num_nodes * devices
+    layout = make_layout(config.cluster, machines, reasons, assumed=assumed, default_start="fork")
+    accelerator, world_size = layout.accelerator, layout.world_size
     strategy = _strategy(config, accelerator, reasons)
     _check_packages(strategy, machines)
     precision = _precision(config, machines, accelerator, reasons)
@@ -134,8 +99,6 @@ def make_plan(
     else:
         why = "samples of a rank at once (train.per_device_eval_batch_size)"
         reasons.append(Reason(choice="micro-batch", value=str(eval_micro_batch), why=why))
-    threads = _threads(machines[0], world_size, reasons)
-    shared = kind == "local" and accelerator == "cuda" and num_nodes > 1
     return LaunchPlan(
         mode=mode,
         output_dir=output_dir,
@@ -144,91 +107,17 @@ def make_plan(
         strategy=strategy,
         precision=precision,
         accelerator=accelerator,
-        num_nodes=num_nodes,
+        num_nodes=layout.num_nodes,
         world_size=world_size,
         global_batch_size=config.train.global_batch_size,
         micro_batch=micro_batch,
         eval_micro_batch=eval_micro_batch,
         accumulation=accumulation,
-        threads_per_rank=threads,
-        hosts=tuple(
-            HostPlan(
-                name=f"node{number}",
-                accelerator=machine.accelerator,
-                device_name=machine.device_name,
-                num_devices=devices,
-                assumed=assumed and number > 0,
-                devices=(
-                    machine.device_ids[number * devices : (number + 1) * devices]
-                    if shared
-                    else None
-                ),
-            )
-            for number, machine in enumerate(machines)
-        ),
+        threads_per_rank=layout.threads_per_rank,
+        start_method=layout.start_method,
+        hosts=layout.hosts,
         reasons=tuple(reasons),
     )
-
-
-def _one_accelerator(machines: Sequence[Machine]) -> str:
-    kinds = {machine.accelerator for machine in machines}
-    if len(kinds) > 1:
-        table = ", ".join(f"{machine.hostname}: {machine.accelerator}" for machine in machines)
-        raise UserError(
-            f"the nodes have different accelerators ({table}). One job runs on one kind: choose "
-            "hosts that are alike."
-        )
-    return kinds.pop()
-
-
-def _cluster_kind(config: RunConfig, reasons: list[Reason]) -> str:
-    kind = config.cluster.kind
-    if kind in ("ssh", "slurm") or config.cluster.hostfile is not None:
-        wanted = kind if kind != "auto" else "--hostfile"
-        raise UserError(
-            f"{wanted}: this version of ftlaunch runs jobs on this machine only. Leave out "
-            "--hostfile and use --cluster local; --nodes N then plays N nodes as processes here."
-        )
-    nodes = config.cluster.nodes
-    why = "one node" if nodes == 1 else f"{nodes} nodes, played by processes of this machine"
-    reasons.append(Reason(choice="cluster", value="local", why=why))
-    return "local"
-
-
-def _devices(
-    cluster: ClusterOptions, machines: Sequence[Machine], accelerator: str, reasons: list[Reason]
-) -> int:
-    """Ranks on each node."""
-    if accelerator == "cpu":
-        devices = cluster.devices or 1
-        ranks, cores = cluster.nodes * devices, machines[0].cpu_cores
-        why = "one rank a node on CPUs" if cluster.devices is None else "as asked for"
-        if ranks > cores:
-            why += f"; {ranks} ranks share {cores} cores"
-        reasons.append(Reason(choice="devices", value=str(devices), why=why))
-        return devices
-    # Nodes that are played on one machine share its accelerators: NCCL takes one rank for each.
-    available = machines[0].num_devices
-    share = available // cluster.nodes
-    name = machines[0].device_name
-    if share == 0:
-        raise UserError(
-            f"{cluster.nodes} nodes on this machine would share {available} × {name}: every rank "
-            f"needs one of its own. Use --nodes {available} or fewer, or set "
-            "CUDA_VISIBLE_DEVICES= to run on the CPU."
-        )
-    if cluster.devices is not None and cluster.devices > share:
-        raise UserError(
-            f"--devices {cluster.devices} on each of {cluster.nodes} nodes needs "
-            f"{cluster.devices * cluster.nodes} accelerators; this machine has {available} × {name}. "
-            f"Use --devices {share} or fewer."
-        )
-    devices = cluster.devices or share
-    why = (
-        "as asked for" if cluster.devices else f"{available} × {name} among {cluster.nodes} node(s)"
-    )
-    reasons.append(Reason(choice="devices", value=str(devices), why=why))
-    return devices
 
 
 def _strategy(config: RunConfig, accelerator: str, reasons: list[Reason]) -> str:
@@ -317,8 +206,26 @@ def _explain_batch(
     reasons.append(Reason(choice="accumulation", value=str(accumulation), why=why))
 
 
-def _threads(machine: Machine, world_size: int, reasons: list[Reason]) -> int:
-    threads = max(1, machine.cpu_cores // world_size)
-    why = f"{machine.cpu_cores} cores among {world_size} rank(s) on this machine"
-    reasons.append(Reason(choice="threads", value=str(threads), why=why))
-    return threads
+def halve_micro_batch(plan: LaunchPlan) -> LaunchPlan | None:
+    """The plan with half the memory for activations and the same global batch; None at one sample."""
+    if plan.micro_batch == 1:
+        return None
+    micro_batch = plan.micro_batch // 2
+    share = math.ceil(plan.global_batch_size / plan.world_size)
+    accumulation = math.ceil(share / micro_batch)
+    why = f"half of {plan.micro_batch}, for want of memory; the global batch is the same"
+    changed = {
+        "micro-batch": Reason(choice="micro-batch", value=str(micro_batch), why=why),
+        "accumulation": Reason(
+            choice="accumulation",
+            value=str(accumulation),
+            why=f"{accumulation} micro-batch(es) a rank, then one exchange of gradients",
+        ),
+    }
+    return replace(
+        plan,
+        micro_batch=micro_batch,
+        eval_micro_batch=max(1, plan.eval_micro_batch // 2),
+        accumulation=accumulation,
+        reasons=tuple(changed.get(reason.choice, reason) for reason in plan.reasons),
+    )

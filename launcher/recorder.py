@@ -124,7 +124,7 @@ class Recorder:
             self._handle_data(message)
         elif isinstance(message, Note):
             self._note(message.text, message.warning)
-        else:
+        elif isinstance(message, Finished):
             self._handle_finish(message)
 
     def rewind(self, step: int) -> None:

@@ -21,7 +21,9 @@ from ftlaunch.cluster.errors import (
     FtlaunchError,
     UserError,
 )
-from ftlaunch.cluster.events import LISTEN_FD_VARIABLE, RankPipe, failure_payload
+from ftlaunch.cluster.linux import name_process
+from ftlaunch.cluster.rank_pipe import LISTEN_FD_VARIABLE, RankPipe, cause_of, failure_payload
+from ftlaunch.cluster.stacks import answer_stack_signal
 from ftlaunch.cluster.world import World
 from ftlaunch.launcher.plan import LaunchPlan
 from ftlaunch.strategies.progress import Progress, to_dict
@@ -48,7 +50,9 @@ class StopFlag:
 
 def main() -> int:
     """Never returns: teardown of a framework must not turn a finished job into a failed one."""
+    name_process(f"rank-{os.environ['RANK']}")
     faulthandler.enable()
+    answer_stack_signal()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     pipe = RankPipe.from_environment()
     code = EXIT_FAILED
@@ -64,7 +68,7 @@ def main() -> int:
     except BaseException as error:  # noqa: BLE001 - whatever ends a rank has to be told
         text = traceback.format_exc()
         title = f"{type(error).__name__}: {error}".strip(": ")
-        pipe.send(failure_payload("exception", title, text))
+        pipe.send(failure_payload(cause_of(error), title, text))
         print(text, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

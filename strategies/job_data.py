@@ -6,6 +6,7 @@ Knows numbers and labels; nothing of ranks or models.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,11 +34,14 @@ def total_steps(options: JobOptions, tokens: Tokens) -> int:
     return max(1, math.ceil(options.train.num_train_epochs * per_epoch))
 
 
-def train_collator(options: JobOptions, tokens: Tokens) -> Collator:
+def train_collator(
+    options: JobOptions, tokens: Tokens, *, alive: Callable[[], None] = lambda: None
+) -> Collator:
     return Collator(
         table=tokens.train,
         pad_token_id=tokens.pad_token_id,
         class_weights=class_weights(options, tokens),
+        alive=alive,
     )
 
 

@@ -68,6 +68,19 @@ def check_model_folder(options: ModelOptions) -> None:
         )
 
 
+def model_type_of(options: ModelOptions) -> str | None:
+    """The architecture family of a local model whose code is the library's own; never asks the hub."""
+    name = str(options.name_or_path)
+    if options.trust_remote_code or not looks_local(name):
+        return None
+    try:
+        config = json.loads((Path(name).expanduser() / "config.json").read_bytes())
+        model_type = str(config["model_type"]).replace("-", "_")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return model_type if model_type.isidentifier() else None
+
+
 def read_model_config(options: ModelOptions) -> dict[str, Any]:
     """config.json of a local folder, or of the hub (from its cache when offline)."""
     name = str(options.name_or_path)

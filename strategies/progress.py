@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
+
+PhaseName = Literal["data", "model", "train", "evaluate", "save"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +94,21 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """What is being done from now on; how long it may take without a word depends on it."""
+
+    kind: ClassVar[str] = "phase"
+    name: PhaseName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alive:
+    """Work goes on, within a phase that has nothing else to tell yet."""
+
+    kind: ClassVar[str] = "alive"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """The worker's part is over. `stopped`: on request, before the end, with a checkpoint.
 
@@ -109,10 +126,8 @@ class Finished:
     peak_memory_bytes: int
 
 
-Progress = DataReady | Resumed | StepDone | Evaluated | Saved | Note | Finished
-_KINDS: dict[str, type[Any]] = {
-    cls.kind: cls for cls in (DataReady, Resumed, StepDone, Evaluated, Saved, Note, Finished)
-}
+Progress = DataReady | Resumed | StepDone | Evaluated | Saved | Note | Phase | Alive | Finished
+_KINDS: dict[str, type[Any]] = {cls.kind: cls for cls in get_args(Progress)}
 
 
 def to_dict(message: Progress) -> dict[str, Any]:

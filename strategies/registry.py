@@ -16,11 +16,13 @@ class StrategyEntry:
 
     implementation   "module:function"; the function takes a `StrategyRequest` and returns a Strategy
     package          what has to be installed
+    preload          modules that a process imports before it forks ranks: all that they will need
     """
 
     implementation: str
     package: str
     accelerators: tuple[str, ...]
+    preload: tuple[str, ...]
 
 
 STRATEGIES: dict[str, StrategyEntry] = {
@@ -28,6 +30,12 @@ STRATEGIES: dict[str, StrategyEntry] = {
         implementation="ftlaunch.strategies.torch.ddp:create",
         package="torch",
         accelerators=("cpu", "cuda"),
+        preload=(
+            "ftlaunch.strategies.torch.ddp",
+            # What torch and transformers import only on first use: the optimizer's compiler support
+            # alone takes two seconds.
+            "torch._dynamo",
+        ),
     ),
 }
 

@@ -27,8 +27,17 @@ from ftlaunch.strategies.job_data import class_weights, sample_order, total_step
 from ftlaunch.strategies.metrics import load_metrics
 from ftlaunch.strategies.model_config import labels_of, max_length_of, read_model_config
 from ftlaunch.strategies.options import JobOptions, Precision
-from ftlaunch.strategies.progress import DataReady, Evaluated, Finished, Progress
+from ftlaunch.strategies.progress import (
+    Alive,
+    DataReady,
+    Evaluated,
+    Finished,
+    Phase,
+    Progress,
+)
 from ftlaunch.strategies.training import RunSettings, TrainingRun
+
+_ALIVE_SECONDS = 2.0
 
 
 class Stop(Protocol):
@@ -60,7 +69,10 @@ def train(request: SessionRequest, *, emit: Callable[[Progress], None], stop: St
     """Collective: train the job; True when it was stopped before its end."""
     started = time.perf_counter()
     options = request.options
-    tokens = _prepare(request)
+    say = emit if request.world.is_main else lambda message: None
+    alive = signs_of_life(emit)
+    say(Phase(name="data"))
+    tokens = _prepare(request, alive)
     identity = job_identity(options, tokens)
     root = request.output_dir / "checkpoints"
     found = newest_manifest(root)
@@ -70,9 +82,10 @@ def train(request: SessionRequest, *, emit: Callable[[Progress], None], stop: St
     weights = class_weights(options, tokens)
     evaluator = None
     if tokens.eval is not None and options.train.eval_strategy != "no":
-        evaluator = _evaluator(request, tokens, tokens.eval, weights=weights)
+        evaluator = _evaluator(request, tokens, tokens.eval, weights=weights, alive=alive)
     if request.world.is_main:
         emit(_data_ready(request, tokens, started))
+    say(Phase(name="model"))
     strategy = _create_strategy(request, tokens)
     settings = RunSettings(
         options=options,
@@ -85,11 +98,16 @@ def train(request: SessionRequest, *, emit: Callable[[Progress], None], stop: St
     )
     stop.ends_at_once = False
     run = TrainingRun(
-        settings, strategy, tokens, evaluator, emit=emit, stop_requested=stop.requested
+        settings,
+        strategy,
+        tokens,
+        evaluator,
+        emit=emit,
+        alive=alive,
+        stop_requested=stop.requested,
     )
     finished = run.run()
-    if request.world.is_main:
-        emit(finished)
+    say(finished)
     strategy.close()
     return finished.stopped
 
@@ -100,6 +118,9 @@ def evaluate(request: SessionRequest, *, emit: Callable[[Progress], None], stop:
     options = request.options
     config = read_model_config(options.model)
     names = labels_of(config)
+    say = emit if request.world.is_main else lambda message: None
+    alive = signs_of_life(emit)
+    say(Phase(name="data"))
     tokens = prepare_tokens(
         options.task,
         options.data,
@@ -109,9 +130,9 @@ def evaluate(request: SessionRequest, *, emit: Callable[[Progress], None], stop:
         labels=ModelLabels(problem="classification" if names else "regression", label_names=names),
         rank=request.world.rank,
         world_size=request.world.size,
+        alive=alive,
     )
-    evaluator = _evaluator(request, tokens, tokens.train, weights=None)
-    say = emit if request.world.is_main else lambda message: None
+    evaluator = _evaluator(request, tokens, tokens.train, weights=None, alive=alive)
     say(
         DataReady(
             num_train_samples=0,
@@ -122,7 +143,9 @@ def evaluate(request: SessionRequest, *, emit: Callable[[Progress], None], stop:
             notes=tokens.notes,
         )
     )
+    say(Phase(name="model"))
     strategy = _create_strategy(request, tokens, trained_head=True)
+    say(Phase(name="evaluate"))
     started = time.perf_counter()
     logits = evaluator.logits(strategy)
     seconds = time.perf_counter() - started
@@ -160,7 +183,21 @@ def evaluate(request: SessionRequest, *, emit: Callable[[Progress], None], stop:
     return False
 
 
-def _prepare(request: SessionRequest) -> Tokens:
+def signs_of_life(emit: Callable[[Progress], None]) -> Callable[[], None]:
+    """To be called as often as one likes; says every few seconds that work goes on."""
+    said_at = time.monotonic()
+
+    def alive() -> None:
+        nonlocal said_at
+        now = time.monotonic()
+        if now - said_at > _ALIVE_SECONDS:
+            said_at = now
+            emit(Alive())
+
+    return alive
+
+
+def _prepare(request: SessionRequest, alive: Callable[[], None]) -> Tokens:
     """The job's tokens, on the first run tokenized by all ranks. UserError when they do not fit."""
     options = request.options
     tokens = prepare_tokens(
@@ -171,6 +208,7 @@ def _prepare(request: SessionRequest) -> Tokens:
         model_max_length=max_length_of(read_model_config(options.model)),
         rank=request.world.rank,
         world_size=request.world.size,
+        alive=alive,
     )
     if len(tokens.train) < request.world.size:
         raise UserError(
@@ -195,6 +233,7 @@ def _evaluator(
     table: TokenTable,
     *,
     weights: NDArray[np.float32] | None,
+    alive: Callable[[], None],
 ) -> Evaluator:
     options = request.options
     task = load_task(options.task)
@@ -202,7 +241,9 @@ def _evaluator(
     if names is None:
         names = task.default_metrics(tokens.spec)
     return Evaluator(
-        collator=Collator(table=table, pad_token_id=tokens.pad_token_id, class_weights=weights),
+        collator=Collator(
+            table=table, pad_token_id=tokens.pad_token_id, class_weights=weights, alive=alive
+        ),
         task=task,
         spec=tokens.spec,
         metrics=load_metrics(names, tokens.spec),

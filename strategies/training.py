@@ -39,6 +39,7 @@ from ftlaunch.strategies.progress import (
     Evaluated,
     Finished,
     Note,
+    Phase,
     Progress,
     Resumed,
     Saved,
@@ -71,6 +72,7 @@ class TrainingRun:
         evaluator: Evaluator | None,
         *,
         emit: Callable[[Progress], None],
+        alive: Callable[[], None] = lambda: None,
         stop_requested: Callable[[], bool],
     ) -> None:
         options = settings.options
@@ -82,7 +84,7 @@ class TrainingRun:
         self._stop_requested = stop_requested
         self._windows = Windows(
             order=sample_order(options, tokens),
-            collator=train_collator(options, tokens),
+            collator=train_collator(options, tokens, alive=alive),
             rank=strategy.world.rank,
             world_size=strategy.world.size,
             micro_batch=settings.micro_batch,
@@ -105,6 +107,7 @@ class TrainingRun:
     def run(self) -> Finished:
         """Collective: train to the end or to a stop; the job's last message."""
         self._resume()
+        self._emit(Phase(name="train"))
         started = time.perf_counter()
         if not self._best.exhausted:
             train(
@@ -125,6 +128,7 @@ class TrainingRun:
             reason = f"early stopping: {self._best.without_gain} evaluations without a better one"
         else:
             reason = "all steps done"
+        self._emit(Phase(name="save"))
         model_dir = self._write_model()
         return self._finished(seconds, stopped=False, reason=reason, model_dir=model_dir)
 
@@ -221,6 +225,7 @@ class TrainingRun:
 
     def _evaluate(self) -> None:
         assert self._evaluator is not None
+        self._emit(Phase(name="evaluate"))
         started = time.perf_counter()
         metrics = self._evaluator.evaluate(self._evaluator.logits(self._strategy))
         is_best = self._best.observe(self._cursor.step, metrics)
@@ -237,6 +242,7 @@ class TrainingRun:
         )
 
     def _save(self) -> None:
+        self._emit(Phase(name="save"))
         started = time.perf_counter()
         folder = save_checkpoint(self._strategy, self._root, self._manifest())
         if self._strategy.world.is_main:

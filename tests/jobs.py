@@ -100,10 +100,11 @@ def processes_of(folder: Path) -> list[int]:
 
 
 def rank_process(folder: Path, rank: int) -> int:
-    """The process of one rank of the job in `folder`."""
-    wanted = f"RANK={rank}".encode()
-    ranks = [pid for pid in processes_of(folder) if wanted in _read(pid, "environ").split(b"\0")]
+    """The process of one rank of the job in `folder`, which is named after it."""
+    name = f"rank-{rank}\n".encode()
+    ranks = [pid for pid in processes_of(folder) if _read(pid, "comm") == name]
     assert ranks, f"rank {rank} has no process"
+    # A child that was forked from it has its name, but came later.
     return ranks[0]
 
 

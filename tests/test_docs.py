@@ -8,6 +8,7 @@ import re
 import shlex
 import typing
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import numpy as np
 import pytest
 
 from ftlaunch.cluster import errors
-from ftlaunch.cluster.events import EVENT_FD_VARIABLE, LISTEN_FD_VARIABLE
 from ftlaunch.cluster.machine import detect_machine
+from ftlaunch.cluster.rank_pipe import EVENT_FD_VARIABLE, LISTEN_FD_VARIABLE
 from ftlaunch.cluster.world import World
 from ftlaunch.launcher.cli import build_eval_parser, build_parser
 from ftlaunch.launcher.config import (
@@ -28,7 +29,7 @@ from ftlaunch.launcher.config import (
 )
 from ftlaunch.launcher.output_folder import OWN_NAMES
 from ftlaunch.launcher.plan import make_plan
-from ftlaunch.launcher.ranks import rank_environment
+from ftlaunch.launcher.ranks import device_environment, rank_environment
 from ftlaunch.strategies.base import TensorSlice
 from ftlaunch.strategies.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -197,7 +198,8 @@ def test_documented_variables_of_a_rank(tmp_path: Path) -> None:
     """What a rank's environment gets, and the two that its agent adds."""
     machine = detect_machine({"CUDA_VISIBLE_DEVICES": "", "ASCEND_RT_VISIBLE_DEVICES": ""})
     plan = make_plan(RunConfig(), [machine], output_dir=str(tmp_path))
-    given = {**rank_environment(plan, devices=["GPU-1"]), **World.alone().to_environment()}
+    host = replace(plan.hosts[0], devices=("GPU-1",))
+    given = {**rank_environment(plan), **device_environment(host), **World.alone().to_environment()}
     paragraph = _section("docs/configuration.md", "Environment").rpartition("\n\n")[2]
     documented = {code for code in _code(paragraph) if code.isupper()}
     assert documented == {*given, EVENT_FD_VARIABLE, LISTEN_FD_VARIABLE}

@@ -12,17 +12,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ftlaunch.strategies.checkpoint.manifest import Manifest, read_manifest
-from ftlaunch.strategies.checkpoint.store import CheckpointReader
 from tests.jobs import (
     SCRIPT,
     agent_processes,
     assert_no_process_left,
-    checkpoint_steps,
     contents,
     finish,
     ftlaunch,
@@ -34,12 +30,17 @@ from tests.jobs import (
     start,
     summary_of,
     wait_until,
-    write_data,
     write_model,
 )
+from tests.training_jobs import (
+    NUM_STEPS,
+    START_SECONDS,
+    Inputs,
+    assert_every_checkpoint_whole,
+    assert_same_training,
+    wait_for_step,
+)
 
-NUM_STEPS = 90
-START_SECONDS = 120.0
 METRIC_KEYS = [
     "step",
     "epoch",
@@ -76,70 +77,9 @@ SUMMARY_KEYS = {
 }
 
 
-class Inputs:
-    """A model and data, and the command that trains the one on the other."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.model = write_model(folder / "model")
-        self.data = write_data(folder / "data")
-
-    def command(
-        self, out: Path, *changes: object, nodes: int = 2, model: Path | None = None
-    ) -> list[object]:
-        """90 steps of 16 samples, 15 an epoch, fp32 without dropout, a checkpoint every 10."""
-        return [
-            *("--nodes", nodes, "--model", model or self.model, "--dataset", self.data, "-o", out),
-            *("--precision", "fp32", "model.random_weights=true", "model.dropout=0"),
-            *("train.global_batch_size=16", "train.per_device_train_batch_size=4"),
-            *(f"train.max_steps={NUM_STEPS}", "train.learning_rate=3e-3", "train.warmup_steps=6"),
-            *("checkpoint.save_steps=10", *changes),
-        ]
-
-    def endless(self, out: Path, *changes: object, nodes: int = 2) -> list[object]:
-        """One that never comes to its end by itself."""
-        return self.command(out, "train.max_steps=1000000", *changes, nodes=nodes)
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     return Inputs(tmp_path_factory.mktemp("inputs"))
-
-
-def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
-    """Until the job has recorded a step; AssertionError if it ends before."""
-
-    def reached() -> bool:
-        if process.poll() is not None:
-            raise AssertionError(f"the job has ended:\n{said(finish(process, 30))}")
-        return bool(metrics_of(out)) and metrics_of(out)[-1]["step"] >= step
-
-    wait_until(reached, START_SECONDS, f"step {step}")
-
-
-def assert_every_checkpoint_whole(out: Path) -> list[int]:
-    """Read every tensor of every checkpoint, checksums verified; their steps."""
-    steps = checkpoint_steps(out)
-    for step in steps:
-        folder = out / "checkpoints" / f"step-{step:08d}"
-        manifest = read_manifest(folder)
-        assert isinstance(manifest, Manifest)
-        assert manifest.step == step
-        reader = CheckpointReader(folder, manifest)
-        for kind in ("weight", "exp_avg", "exp_avg_sq"):
-            assert reader.names(kind)
-            for name in reader.names(kind):
-                reader.read_whole(kind, name)
-    return steps
-
-
-def assert_same_training(lines: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """Every step once, on the same samples, with the same losses and learning rates."""
-    assert [line["step"] for line in lines] == [line["step"] for line in expected]
-    for line, other in zip(lines, expected, strict=True):
-        assert line["samples_digest"] == other["samples_digest"]
-        assert line["learning_rate"] == other["learning_rate"]
-        assert math.isclose(line["loss"], other["loss"], rel_tol=1e-5), (line, other)
 
 
 # -- a job that is left alone -------------------------------------------------------------------
@@ -447,18 +387,32 @@ def test_a_killed_rank_without_restarts_ends_the_job(inputs, tmp_path):
     assert_no_process_left(out)
 
 
-def test_a_killed_agent_takes_its_node_with_it_and_ends_the_job(inputs, tmp_path):
+def test_a_killed_agent_is_replaced(inputs, tmp_path, done):
     out = tmp_path / "out"
-    with start(*inputs.endless(out)) as process:
+    with start(*inputs.command(out)) as process:
         wait_for_step(process, out, 13)
-        agent = agent_processes(out)[1]
-        os.kill(agent, signal.SIGKILL)
+        os.kill(agent_processes(out)[1], signal.SIGKILL)
+        result = finish(process, 120)
+    assert result.returncode == 0, said(result)
+    reason = "the agent on node1: killed by SIGKILL; rank 1 ended with it; restart 1 of 3"
+    assert reason in result.stdout, said(result)
+    assert summary_of(out)["restarts"] == 1
+    expected = [json.loads(line) for line in done.metrics.splitlines()]
+    assert_same_training(metrics_of(out), expected)
+    assert_no_process_left(out)
+
+
+def test_a_killed_agent_without_restarts_ends_the_job(inputs, tmp_path):
+    out = tmp_path / "out"
+    with start(*inputs.endless(out, "--max-restarts", 0)) as process:
+        wait_for_step(process, out, 13)
+        os.kill(agent_processes(out)[1], signal.SIGKILL)
         result = finish(process, 30)
-    output = said(result)
-    assert result.returncode == 1, output
-    assert "rank 1 on node1" in output
-    assert "Traceback" not in output
-    assert summary_of(out)["failure"]["node"] == "node1"
+    assert result.returncode == 1, said(result)
+    assert "the agent on node1 failed: killed by SIGKILL" in said(result)
+    assert "Traceback" not in said(result)
+    failure = summary_of(out)["failure"]
+    assert (failure["node"], failure["cause"]) == ("node1", "lost")
     assert assert_every_checkpoint_whole(out)
     assert_no_process_left(out)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,12 +67,14 @@ class Collator:
 
     class_weights   weight of each class in the loss, or None for 1
     pad_to_multiple of the padded length
+    alive           called for every batch: a sign that work goes on
     """
 
     table: SampleTable
     pad_token_id: int
     class_weights: NDArray[np.float32] | None = None
     pad_to_multiple: int = 1
+    alive: Callable[[], None] = lambda: None
 
     def weights(self, labels: NDArray[Any]) -> NDArray[np.float32]:
         if self.class_weights is None:
@@ -86,6 +88,7 @@ class Collator:
 
     def batch(self, indices: NDArray[np.int64], *, seed: int) -> Batch:
         """A batch of these samples; of one weightless sample where there are none."""
+        self.alive()
         real = len(indices) > 0
         taken = indices if real else np.zeros(1, dtype=np.int64)
         rows = self.table.rows(taken)

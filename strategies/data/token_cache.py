@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -145,6 +145,7 @@ class _Work:
     task: Task
     tokenizer: PreTrainedTokenizerBase
     rows: Mapping[str, Dataset]
+    alive: Callable[[], None]
 
     def slices(self) -> list[tuple[str, int]]:
         return [(s, i) for s, n in self.meta.splits.items() for i in range(num_slices(n))]
@@ -169,6 +170,7 @@ def prepare_tokens(
     world_size: int = 1,
     stall_seconds: float = 1800.0,
     takeover_seconds: float = 20.0,
+    alive: Callable[[], None] = lambda: None,
 ) -> Tokens:
     """Tokens from the cache, tokenizing this rank's share of what it lacks.
 
@@ -180,6 +182,7 @@ def prepare_tokens(
     takeover_seconds  so long after the last new slice a rank writes the missing ones itself: the
                       cache folder is another one on each node, or the rank that owes them is gone
     stall_seconds     so long after the last new slice a rank gives up with a JobError
+    alive             called now and then: a sign that work goes on
     """
     _check_max_length(options, model_max_length)
     root = cache_root(options)
@@ -211,6 +214,7 @@ def prepare_tokens(
         task=task,
         tokenizer=loaded.tokenizer,
         rows=rows,
+        alive=alive,
     )
     _write_share(work, rank, world_size)
     _await_others(work, rank, stall_seconds, takeover_seconds)
@@ -399,6 +403,7 @@ def _encode_slice(
     stop = start + shape.count(number)
     ids, types, lengths, labels, num_truncated = [], [], [0], [], 0
     for begin in range(start, stop, _ENCODE_ROWS):
+        work.alive()
         rows = work.rows[split][begin : min(begin + _ENCODE_ROWS, stop)]
         encoded = work.task.encode(rows, work.tokenizer, meta.spec, meta.max_length)
         lengths += [len(row) for row in encoded.input_ids]

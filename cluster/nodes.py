@@ -1,0 +1,167 @@
+"""The agents of a job, one for each node: started, heard, kept in touch with, replaced, ended."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import selectors
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from ftlaunch.cluster.events import Command, Event, Ping, Suspend, decode_event
+from ftlaunch.cluster.fork_link import JOB_VARIABLE
+from ftlaunch.cluster.linux import kill_exactly, processes_with
+from ftlaunch.cluster.signals import StopSignals
+from ftlaunch.cluster.transport import Node, start_local
+
+_READ_BYTES = 1 << 16
+_LEAVE_SECONDS = 8.0
+# Pings within the time after which silence means loss.
+_PINGS = 3
+
+
+class Nodes:
+    """Every agent, and the signals that the user sends to the job.
+
+    heartbeat_seconds   silence of an agent after which its node is taken for lost
+    """
+
+    def __init__(self, names: Sequence[str], *, log_dir: Path, heartbeat_seconds: float) -> None:
+        self.names = tuple(names)
+        self.signals = StopSignals()
+        self.heartbeat_seconds = heartbeat_seconds
+        self._selector = selectors.DefaultSelector()
+        self._nodes: list[Node] = []
+        self._log_dir = log_dir
+        self._pinged_at = 0.0
+        self._job = secrets.token_hex(8)
+
+    def __getitem__(self, number: int) -> Node:
+        return self._nodes[number]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._nodes)
+
+    def open(self) -> None:
+        self.signals.install()
+        self._selector.register(self.signals.descriptor, selectors.EVENT_READ, None)
+        for number in range(len(self)):
+            self._nodes.append(self._start(number))
+
+    def close(self) -> None:
+        """Every agent has left, or is made to; nothing of the job is left on this machine."""
+        for node in self._nodes:
+            node.hang_up()
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        for node in self._nodes:
+            self._end(node, deadline)
+        self._selector.close()
+        self.signals.restore()
+        # Agents and fork servers have ended all that they knew of. Should one have been killed in
+        # the act: whatever carries the job's mark on this machine is the job's.
+        for process in processes_with(JOB_VARIABLE, self._job):
+            kill_exactly(process)
+
+    def replace_lost(self) -> list[int]:
+        """Start an agent anew where one is gone; the nodes whose agents have yet to say hello."""
+        for number, node in enumerate(self._nodes):
+            if node.lost:
+                node.process.kill()
+                self._end(node, time.monotonic())
+                self._nodes[number] = self._start(number)
+        return [number for number, node in enumerate(self._nodes) if not node.greeted]
+
+    def _start(self, number: int) -> Node:
+        node = start_local(
+            self.names[number],
+            {JOB_VARIABLE: self._job},
+            self._log_dir / f"agent-{number}.log",
+            heartbeat_seconds=self.heartbeat_seconds,
+        )
+        self._selector.register(node.events, selectors.EVENT_READ, number)
+        return node
+
+    def _end(self, node: Node, deadline: float) -> None:
+        """Wait for it to leave; what it still has to say is read by nobody any more."""
+        while node.process.poll() is None and time.monotonic() < deadline:
+            node.discard_events()
+            time.sleep(0.005)
+        if node.process.poll() is None:
+            # The fork server ends its ranks when its agent is gone.
+            node.process.kill()
+            node.process.wait(timeout=_LEAVE_SECONDS)
+        node.events.close()
+
+    # -- talking ----------------------------------------------------------------------------
+
+    def tell(self, command: Command) -> None:
+        for node in self._nodes:
+            node.send(command)
+
+    def poll(self, seconds: float) -> list[tuple[int, Event | None]]:
+        """(node, event) of what has come within `seconds`; (node, None) once its agent is lost."""
+        self._keep_in_touch()
+        arrived: list[tuple[int, Event | None]] = []
+        for key, _ in self._selector.select(seconds):
+            if key.data is None:
+                self.signals.drain()
+                continue
+            number: int = key.data
+            node = self._nodes[number]
+            data = os.read(node.events.fileno(), _READ_BYTES)
+            for line in node.lines.feed(data):
+                event = decode_event(line)
+                if event is not None:
+                    node.hear(event)
+                    arrived.append((number, event))
+            if not data:
+                self._lose(number, node.how_it_ended())
+                arrived.append((number, None))
+        arrived += [(number, None) for number in self._fallen_silent()]
+        return arrived
+
+    def poll_until(
+        self, seconds: float, unfinished: Callable[[], bool]
+    ) -> Iterator[tuple[int, Event | None]]:
+        """As `poll`, while `unfinished`, within a limit, and until the user is in a hurry."""
+        deadline = time.monotonic() + seconds
+        while unfinished() and time.monotonic() < deadline:
+            yield from self.poll(min(0.1, max(0.0, deadline - time.monotonic())))
+            if self.signals.hurry:
+                return
+
+    def _keep_in_touch(self) -> None:
+        """Pings in time; and Ctrl-Z, which stops this process and not the job."""
+        if self.signals.suspend:
+            self.signals.suspend = False
+            self.tell(Suspend())
+            os.kill(os.getpid(), signal.SIGSTOP)
+            self._pinged_at = 0.0
+            for node in self._nodes:
+                node.heard_at = time.monotonic()
+        now = time.monotonic()
+        if now - self._pinged_at > self.heartbeat_seconds / _PINGS:
+            self._pinged_at = now
+            self.tell(Ping(time=now))
+
+    def _fallen_silent(self) -> list[int]:
+        limit = time.monotonic() - self.heartbeat_seconds
+        silent = [
+            number
+            for number, node in enumerate(self._nodes)
+            if node.greeted and node.lost is None and node.heard_at < limit
+        ]
+        for number in silent:
+            self._lose(number, f"silent for {self.heartbeat_seconds:.0f} s")
+            # Its fork server, if that still runs, ends the ranks.
+            self._nodes[number].process.kill()
+        return silent
+
+    def _lose(self, number: int, how: str) -> None:
+        self._nodes[number].lost = how
+        self._selector.unregister(self._nodes[number].events)

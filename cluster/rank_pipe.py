@@ -1,0 +1,61 @@
+"""What a rank tells its agent, over a pipe of its own: JSON lines, of which only "failed" is known here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+MAX_TRACEBACK_CHARS = 4000
+EVENT_FD_VARIABLE = "FTLAUNCH_EVENT_FD"
+LISTEN_FD_VARIABLE = "FTLAUNCH_LISTEN_FD"
+
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+
+
+def cause_of(error: BaseException) -> str:
+    """ "memory" where an allocation failed, by what Python and torch call it; else "exception"."""
+    # The class is torch's on an accelerator; on the CPU it is a RuntimeError that says so.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "memory"
+    if isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)):
+        return "memory"
+    return "exception"
+
+
+def failure_payload(cause: str, title: str, traceback: str) -> dict[str, Any]:
+    """The payload by which a rank says why it fails. The whole traceback is in the rank's log."""
+    return {
+        "kind": "failed",
+        "time": time.monotonic(),
+        "cause": cause,
+        "title": title[:MAX_TRACEBACK_CHARS],
+        "traceback": traceback[-MAX_TRACEBACK_CHARS:],
+    }
+
+
+class RankPipe:
+    """A rank's end of the pipe to its agent. Writes nowhere when there is no agent."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+
+    @classmethod
+    def from_environment(cls) -> RankPipe:
+        value = os.environ.pop(EVENT_FD_VARIABLE, None)
+        return cls(int(value) if value is not None else None)
+
+    def send(self, payload: Mapping[str, Any]) -> None:
+        """Blocks while the pipe is full. An agent that is gone kills us; nothing to handle here."""
+        if self._descriptor is None:
+            return
+        line = json.dumps(payload).encode() + b"\n"
+        view = memoryview(line)
+        try:
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+        except BrokenPipeError:
+            self._descriptor = None
