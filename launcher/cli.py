@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-_COMMANDS = ("eval",)
+_COMMANDS = ("eval", "rehearse")
 _EPILOG = """\
 Everything else is KEY=VALUE, for example train.learning_rate=2e-5 train.num_train_epochs=3
 (all keys: docs/configuration.md), or stands in a YAML file given by --config.
@@ -16,6 +16,8 @@ Everything else is KEY=VALUE, for example train.learning_rate=2e-5 train.num_tra
   ftlaunch --nodes 2 --model DIR --dataset DIR -o out train.num_train_epochs=3
   ftlaunch ... -o out                             the same command again resumes
   ftlaunch eval out --dataset DIR                 evaluates alone, writes predictions.jsonl
+  ftlaunch --nodes 2 script.py --its-own args     your own script on every rank
+  ftlaunch rehearse --nodes 4 --fault kill-rank:3@step5       any of these, with faults on purpose
 
 Exit codes: 0 done, 1 the job failed, 2 a mistake in what was asked for, 75 stopped on request
 with a checkpoint (run the same command to go on), 130 ended at once by a second Ctrl-C.
@@ -51,7 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The main command's flags. At most 20, frozen by a test."""
     parser = _Parser(
         prog="ftlaunch",
-        usage="ftlaunch [flags] [KEY=VALUE ...]\n       ftlaunch eval OUT_OR_MODEL [flags] [KEY=VALUE ...]",
+        usage="ftlaunch [flags] [KEY=VALUE ...]\n"
+        "       ftlaunch [flags] [KEY=VALUE ...] SCRIPT.py [its own arguments]\n"
+        "       ftlaunch eval OUT_OR_MODEL [flags] [KEY=VALUE ...]\n"
+        "       ftlaunch rehearse --fault FAULT [flags] [KEY=VALUE ...] [SCRIPT.py ...]",
         description="Fine-tune a pretrained model on every device there is.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -63,8 +68,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="delete what a job left in OUT")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, start nothing")
+    parser.add_argument(
+        "-m", dest="module", metavar="MODULE", help="your own module, then its args"
+    )
     parser.add_argument("--version", action="store_true", help="print the version")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
+    return parser
+
+
+def build_rehearse_parser() -> argparse.ArgumentParser:
+    """The main command's flags, and the faults."""
+    parser = build_parser()
+    parser.prog = "ftlaunch rehearse"
+    parser.usage = "ftlaunch rehearse --fault FAULT [flags] [KEY=VALUE ...] [SCRIPT.py ...]"
+    parser.description = "Run a job on this machine with faults on purpose; prints a timeline."
+    parser.add_argument(
+        "--fault",
+        action="append",
+        default=[],
+        metavar="KIND:N@MOMENT",
+        help="such as kill-rank:3@step5, hang-node:2@20s, kill-agent:0@save; may be repeated",
+    )
     return parser
 
 
@@ -99,7 +123,17 @@ def _add_shared_flags(parser: argparse.ArgumentParser, *, model: bool = True) ->
 
 
 # Flags that say what to do rather than what the run is.
-_NOT_SETTINGS = ("config", "dry_run", "overwrite", "overrides", "version", "target")
+_NOT_SETTINGS = (
+    "config",
+    "dry_run",
+    "overwrite",
+    "overrides",
+    "version",
+    "target",
+    "module",
+    "script",
+    "fault",
+)
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -113,9 +147,37 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
     """(command, its arguments). argparse itself ends with exit code 2 for a flag it does not know."""
-    if argv and argv[0] in _COMMANDS:
+    if argv and argv[0] == "eval":
         return argv[0], build_eval_parser().parse_intermixed_args(list(argv[1:]))
-    return "run", build_parser().parse_intermixed_args(list(argv))
+    rehearses = bool(argv) and argv[0] == "rehearse"
+    parser = build_rehearse_parser() if rehearses else build_parser()
+    own, script = _split_at_script(parser, list(argv[1:] if rehearses else argv))
+    arguments = parser.parse_intermixed_args(own)
+    arguments.script = script
+    return ("rehearse" if rehearses else "run"), arguments
+
+
+def _split_at_script(
+    parser: argparse.ArgumentParser, argv: list[str]
+) -> tuple[list[str], list[str]]:
+    """(our words, the script's file and its own words). After -m MODULE every word is the module's."""
+    takes_value = {
+        flag for action in parser._actions if action.nargs != 0 for flag in action.option_strings
+    }
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        if word in ("-m", "--"):
+            # "--" ends the flags, as everywhere; what follows is a script.
+            end = position + (2 if word == "-m" else 0)
+            return argv[:end], argv[position + 2 :] if word == "-m" else argv[position + 1 :]
+        if word.startswith("-"):
+            position += 2 if word in takes_value else 1
+        elif word.endswith(".py") and "=" not in word:
+            return argv[:position], argv[position:]
+        else:
+            position += 1
+    return argv, []
 
 
 def run(argv: Sequence[str]) -> int:
@@ -134,10 +196,11 @@ def run(argv: Sequence[str]) -> int:
         FtlaunchError,
         UserError,
     )
-    from ftlaunch.launcher.commands import evaluate, train
+    from ftlaunch.launcher.commands import evaluate, rehearse, train
 
+    commands = {"run": train, "eval": evaluate, "rehearse": rehearse}
     try:
-        return (train if command == "run" else evaluate)(arguments, settings_of(arguments))
+        return commands[command](arguments, settings_of(arguments))
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,70 @@ from ftlaunch.launcher.config import RunConfig, load_config
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.job import run_job, show_plan
 from ftlaunch.launcher.plan import LaunchPlan
+from ftlaunch.launcher.rehearsal import KINDS, Fault, Rehearsal, check_faults, parse_fault
+from ftlaunch.launcher.script_job import run_script, show_script_plan
+from ftlaunch.launcher.script_plan import Script
 from ftlaunch.strategies.data.demo import DEMO_OPTIONS
 from ftlaunch.strategies.model_config import absolute_path
 
+# Flags that say how to train.
+_OF_TRAINING = ("model", "dataset", "task", "strategy", "precision")
+
 
 def train(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
-    config = _config(arguments, flags)
+    return _train(arguments, flags, ())
+
+
+def rehearse(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
+    """A job with faults on purpose. UserError for a fault that is not understood."""
+    if not arguments.fault:
+        raise UserError(
+            "rehearse without a --fault is a run like any other. Give one, for example "
+            f"--fault kill-rank:0@step5. Kinds: {', '.join(KINDS)}."
+        )
+    return _train(arguments, flags, [parse_fault(text) for text in arguments.fault])
+
+
+def _train(arguments: argparse.Namespace, flags: Mapping[str, Any], faults: Sequence[Fault]) -> int:
+    script = _script(arguments)
+    config = _script_config(arguments, flags) if script else _config(arguments, flags)
+    cluster = config.cluster
+    check_faults(faults, num_nodes=cluster.nodes, world_size=cluster.nodes * (cluster.devices or 1))
+    rehearsal = Rehearsal(faults)
     with Console(sys.stdout) as console:
+        if script is not None:
+            if arguments.dry_run:
+                return show_script_plan(config, script, console)
+            return run_script(
+                config, script, console, overwrite=arguments.overwrite, rehearsal=rehearsal
+            )
         if arguments.dry_run:
             return show_plan(config, console)
-        return run_job(config, console, overwrite=arguments.overwrite)
+        return run_job(config, console, overwrite=arguments.overwrite, rehearsal=rehearsal)
+
+
+def _script(arguments: argparse.Namespace) -> Script | None:
+    if arguments.module is not None:
+        return Script(kind="module", target=arguments.module, arguments=tuple(arguments.script))
+    if not arguments.script:
+        return None
+    path, *rest = arguments.script
+    return Script(kind="path", target=path, arguments=tuple(rest))
+
+
+def _script_config(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> RunConfig:
+    """UserError for what means nothing to a script."""
+    strange = [f"--{name}" for name in flags if name in _OF_TRAINING]
+    strange += [
+        word for word in arguments.overrides if not word.startswith(("cluster.", "output_dir="))
+    ]
+    if strange:
+        raise UserError(
+            f"{', '.join(strange)}: a script does its own training, and these mean nothing to it. "
+            "Put what is meant for the script behind its name; cluster.* keys go before it."
+        )
+    file = Path(arguments.config) if arguments.config is not None else None
+    return load_config(file=file, flags=flags, overrides=arguments.overrides)
 
 
 def _config(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> RunConfig:

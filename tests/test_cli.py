@@ -12,7 +12,13 @@ import time
 import pytest
 import yaml
 
-from ftlaunch.launcher.cli import build_eval_parser, build_parser, parse, settings_of
+from ftlaunch.launcher.cli import (
+    build_eval_parser,
+    build_parser,
+    build_rehearse_parser,
+    parse,
+    settings_of,
+)
 from ftlaunch.launcher.config import load_config
 from tests.jobs import SCRIPT, ftlaunch, said, write_data, write_model
 
@@ -32,6 +38,7 @@ FLAGS = {
     "--dry-run",
     "--overwrite",
     "--max-restarts",
+    "-m",
     "--version",
     "-h",
     "--help",
@@ -62,12 +69,17 @@ def imported_by(*args: str) -> set[str]:
 # -- help and flags -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [(), ("eval",)])
+@pytest.mark.parametrize("command", [(), ("eval",), ("rehearse",)])
 def test_help(command):
     result = ftlaunch(*command, "--help", timeout=60)
     assert result.returncode == 0
     assert result.stderr == ""
-    parser = build_eval_parser() if command else build_parser()
+    builders = {
+        (): build_parser,
+        ("eval",): build_eval_parser,
+        ("rehearse",): build_rehearse_parser,
+    }
+    parser = builders[command]()
     for action in parser._actions:
         for flag in action.option_strings:
             assert flag in result.stdout
@@ -91,7 +103,7 @@ def test_the_flags_are_frozen():
     assert {flag for action in parser._actions for flag in action.option_strings} == FLAGS
 
 
-@pytest.mark.parametrize("build", [build_parser, build_eval_parser])
+@pytest.mark.parametrize("build", [build_parser, build_eval_parser, build_rehearse_parser])
 def test_at_most_20_flags_a_command(build):
     assert len([action for action in build()._actions if action.option_strings]) <= 20
 

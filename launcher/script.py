@@ -1,0 +1,79 @@
+"""One rank of a user's own script: runs it as `python script.py` would, and tells why it failed.
+
+Nothing is asked of the script. What it prints goes to its log, its exit code is its own.
+"""
+
+from __future__ import annotations
+
+import builtins
+import faulthandler
+import importlib.machinery
+import os
+import runpy
+import sys
+import traceback
+import types
+from pathlib import Path
+
+from ftlaunch.cluster.linux import name_process
+from ftlaunch.cluster.rank_pipe import RankPipe, cause_of, failure_payload
+from ftlaunch.cluster.stacks import answer_stack_signal
+
+# Whose frames stand above the script's in a traceback, and tell its reader nothing.
+_OUTSIDE = (__file__, runpy.__file__, "<frozen runpy>", "<string>")
+
+
+def main() -> int:
+    """Arguments: "path" or "module", which one, and the script's own."""
+    kind, target, *arguments = sys.argv[1:]
+    name_process(f"rank-{os.environ['RANK']}")
+    faulthandler.enable()
+    answer_stack_signal()
+    pipe = RankPipe.from_environment()
+    try:
+        (_run_path if kind == "path" else _run_module)(target, arguments)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # noqa: BLE001 - whatever ends a rank has to be told
+        shown = _from_script(error.__traceback__)
+        text = "".join(traceback.format_exception(type(error), error, shown))
+        title = f"{type(error).__name__}: {error}".strip(": ")
+        pipe.send(failure_payload(cause_of(error), title, text))
+        # Whatever hook the script or its libraries have put there.
+        sys.excepthook(type(error), error.with_traceback(shown), shown)
+        return 1
+    return 0
+
+
+def _run_path(path: str, arguments: list[str]) -> None:
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    module = types.ModuleType("__main__")
+    file = str(Path(path).absolute())
+    module.__file__ = file
+    module.__spec__ = None
+    module.__loader__ = importlib.machinery.SourceFileLoader("__main__", file)
+    vars(module).update(__builtins__=builtins, __cached__=None, __package__=None)
+    # The script is what multiprocessing and pickle have to find under this name.
+    sys.modules["__main__"] = module
+    code = compile(Path(path).read_bytes(), file, "exec", dont_inherit=True)
+    exec(code, vars(module))
+
+
+def _run_module(name: str, arguments: list[str]) -> None:
+    sys.argv = [name, *arguments]
+    sys.path.insert(0, str(Path.cwd()))
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _from_script(trace: types.TracebackType | None) -> types.TracebackType | None:
+    """A traceback without the frames of whoever ran the script."""
+    shown = trace
+    while shown is not None and _is_outside(shown):
+        shown = shown.tb_next
+    return shown if shown is not None else trace
+
+
+def _is_outside(trace: types.TracebackType) -> bool:
+    name = trace.tb_frame.f_code.co_filename
+    return name in _OUTSIDE or name.endswith((f"cluster{os.sep}fork_server.py",))

@@ -1,0 +1,222 @@
+"""A user's own script on every rank, from its plan to its exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from ftlaunch.cluster.attempt import Outcome
+from ftlaunch.cluster.coordinator import Coordinator
+from ftlaunch.cluster.descriptors import need_descriptors
+from ftlaunch.cluster.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER_MISTAKE,
+    UserError,
+)
+from ftlaunch.cluster.machine import Machine, detect_machine
+from ftlaunch.cluster.verdict import Failure, ranks_in_words
+from ftlaunch.launcher.attempts import Timeline, run_attempts
+from ftlaunch.launcher.config import RunConfig
+from ftlaunch.launcher.console import Console
+from ftlaunch.launcher.ending import show_verdict, verdict_json
+from ftlaunch.launcher.output_folder import OutputFolder, default_output_dir
+from ftlaunch.launcher.ranks import ADDRESS, output_label
+from ftlaunch.launcher.rehearsal import Rehearsal
+from ftlaunch.launcher.restarts import Restart, RestartPolicy
+from ftlaunch.launcher.script_plan import (
+    Script,
+    ScriptPlan,
+    check_script,
+    imports_of,
+    make_script_plan,
+    preparation,
+    script_starts,
+)
+from ftlaunch.strategies.checkpoint.manifest import write_json
+
+# Ranks seldom end at the very same moment: only after so long is it worth a word.
+_UNEVEN_SECONDS = 10.0
+
+
+def show_script_plan(config: RunConfig, script: Script, console: Console) -> int:
+    """The dry run: print the plan, start nothing."""
+    check_script(script)
+    machine = detect_machine(os.environ)
+    console.plan([*machine.notes, *_plan(config, script, [machine]).describe()])
+    console.say("dry run: nothing was started")
+    return EXIT_DONE
+
+
+def run_script(
+    config: RunConfig,
+    script: Script,
+    console: Console,
+    *,
+    overwrite: bool,
+    rehearsal: Rehearsal | None = None,
+) -> int:
+    """Run the script on every rank; its exit code, or ours. UserError for what the user can mend."""
+    timeline = Timeline(time.monotonic())
+    check_script(script)
+    plan = _plan(config, script, [detect_machine(os.environ)])
+    need_descriptors(plan.num_nodes)
+    folder = default_output_dir(config)
+    if (folder / "metrics.jsonl").exists() and not overwrite:
+        raise UserError(
+            f"the output folder {folder} holds a training job, whose plan and summary a script "
+            "would replace. Choose another with --output-dir."
+        )
+    with OutputFolder(folder, overwrite=overwrite):
+        return _ScriptJob(plan, folder, console, timeline, rehearsal or Rehearsal(())).run()
+
+
+def _plan(config: RunConfig, script: Script, machines: list[Machine]) -> ScriptPlan:
+    return make_script_plan(
+        config.cluster,
+        machines * config.cluster.nodes if len(machines) == 1 else machines,
+        script,
+        working_dir=str(Path.cwd()),
+        preload=imports_of(script),
+    )
+
+
+class _ScriptJob:
+    """The coordinator's side of one script in its output folder."""
+
+    def __init__(
+        self,
+        plan: ScriptPlan,
+        folder: Path,
+        console: Console,
+        timeline: Timeline,
+        rehearsal: Rehearsal,
+    ) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._console = console
+        self._timeline = timeline
+        self._rehearsal = rehearsal
+        self._policy = RestartPolicy(max_restarts=plan.cluster.max_restarts)
+        self._restarts = 0
+        self._uneven_since: float | None = None
+        self._told_uneven = False
+        self._log_bytes = 0
+
+    def run(self) -> int:
+        plan = self._plan
+        with Coordinator(
+            [host.name for host in plan.hosts],
+            log_dir=self._folder / "logs",
+            heartbeat_seconds=plan.cluster.heartbeat_timeout_seconds,
+        ) as coordinator:
+            coordinator.prepare(preparation(plan, os.environ))
+            coordinator.machines()
+            if coordinator.stop_requested:
+                return EXIT_INTERRUPTED
+            write_json(self._folder / "plan.json", plan.to_json())
+            self._console.plan(plan.describe())
+            outcome = run_attempts(
+                coordinator,
+                self._policy,
+                self._timeline,
+                lambda: self._attempt(coordinator),
+                self._decide,
+                self._on_restart,
+            )
+        return self._finish(outcome)
+
+    def _decide(self, failure: Failure) -> Restart | None:
+        # What the script got done is not known: every attempt counts as one that got on.
+        return self._policy.decide(
+            failure, progressed=True, can_halve=False, goes_on="the beginning of the script"
+        )
+
+    def _on_restart(self, restart: Restart) -> None:
+        self._restarts += 1
+        self._console.warn(restart.why)
+
+    def _attempt(self, coordinator: Coordinator) -> Outcome:
+        plan = self._plan
+        port = coordinator.bind(ADDRESS, plan.cluster.port)
+        coordinator.allowance = None
+        coordinator.on_tick = lambda: self._tick(coordinator)
+        self._uneven_since = None
+        self._timeline.add(f"{plan.world_size} ranks start")
+        return coordinator.run(
+            script_starts(plan, port, self._folder, restart=self._restarts),
+            on_message=lambda rank, payload: None,
+            on_output=lambda rank, text: self._console.output(
+                text, output_label(plan.cluster, plan.hosts, rank)
+            ),
+            on_stop=lambda: self._console.say("stopping (Ctrl-C again ends at once)"),
+            stop_seconds=plan.cluster.stop_timeout_seconds,
+            forwards_signal=True,
+        )
+
+    def _tick(self, coordinator: Coordinator) -> None:
+        self._rehearsal.tick(coordinator, self._timeline)
+        running = coordinator.running
+        if not running or len(running) == self._plan.world_size:
+            return
+        # Some have ended with exit code 0. The others may have work left, or wait for them for ever.
+        now = time.monotonic()
+        self._uneven_since = self._uneven_since or now
+        coordinator.allowance = self._plan.cluster.stall_timeout_seconds or None
+        size = sum(path.stat().st_size for path in (self._folder / "logs").glob("rank-*.log"))
+        if size != self._log_bytes:
+            self._log_bytes = size
+            coordinator.hear()
+        if now - self._uneven_since > _UNEVEN_SECONDS and not self._told_uneven:
+            self._told_uneven = True
+            ended = sorted(set(range(self._plan.world_size)) - running)
+            self._console.warn(
+                f"{ranks_in_words(ended)} ended with exit code 0 {now - self._uneven_since:.0f} s "
+                f"ago; {ranks_in_words(sorted(running))} still going"
+            )
+
+    # -- the end ----------------------------------------------------------------------------
+
+    def _finish(self, outcome: Outcome) -> int:
+        code = self._exit_code(outcome)
+        summary: dict[str, Any] = {
+            "status": outcome.ending,
+            "exit_code": code,
+            "num_nodes": self._plan.num_nodes,
+            "world_size": self._plan.world_size,
+            "restarts": self._restarts,
+            "seconds": time.monotonic() - self._timeline.started,
+            "failure": verdict_json(outcome.verdict),
+        }
+        try:
+            write_json(self._folder / "summary.json", summary)
+        except OSError as error:
+            self._console.warn(f"summary.json could not be written: {error.strerror}")
+        if outcome.left_behind:
+            self._console.warn(
+                f"{outcome.left_behind} process(es) that the script had started outlived their "
+                "rank; they were ended with the job"
+            )
+        if outcome.verdict is not None:
+            show_verdict(self._console, outcome.verdict)
+        self._timeline.add(f"exit code {code}")
+        if self._rehearsal.faults:
+            self._console.plan(["", "timeline", *self._timeline.lines()])
+        return code
+
+    def _exit_code(self, outcome: Outcome) -> int:
+        """The script's own where it has one; 128 + the number of a signal, as a shell has it."""
+        if outcome.ending == "interrupted":
+            return EXIT_INTERRUPTED
+        if outcome.ending == "stopped":
+            return 128 + (outcome.stop_signal or signal.SIGTERM)
+        if outcome.verdict is None:
+            return EXIT_DONE
+        first = outcome.verdict.first
+        if first.cause == "user":
+            return EXIT_USER_MISTAKE
+        return first.code or EXIT_FAILED

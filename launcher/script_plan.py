@@ -1,0 +1,206 @@
+"""What will happen to a user's own script, and why: a pure function, like that of a training job."""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ftlaunch.cluster.errors import UserError
+from ftlaunch.cluster.events import Prepare, RankStart, StartMethod
+from ftlaunch.cluster.machine import Machine
+from ftlaunch.launcher.config import ClusterOptions
+from ftlaunch.launcher.layout import HostPlan, Reason, describe, make_layout
+from ftlaunch.launcher.ranks import (
+    device_environment,
+    log_path,
+    shows_output,
+    worlds,
+)
+
+# Slow to import, and known to bear a fork: what a script imports of these, its fork server does.
+_PRELOADED = (
+    "numpy",
+    "torch",
+    "transformers",
+    "datasets",
+    "tokenizers",
+    "accelerate",
+    "safetensors",
+)
+# The process that holds the store, numbered apart from the ranks.
+_STORE = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Script:
+    """What the user wants run: a file, or a module as for `python -m`."""
+
+    kind: Literal["path", "module"]
+    target: str
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptPlan:
+    """Everything that is decided before the first rank starts. `has_store`: torch is installed."""
+
+    script: Script
+    cluster: ClusterOptions
+    working_dir: str
+    accelerator: str
+    num_nodes: int
+    world_size: int
+    threads_per_rank: int
+    start_method: StartMethod
+    has_store: bool
+    preload: tuple[str, ...]
+    hosts: tuple[HostPlan, ...]
+    reasons: tuple[Reason, ...]
+
+    def to_json(self) -> Any:
+        return {"kind": "script", **asdict(self)}
+
+    def describe(self) -> list[str]:
+        return describe(self.hosts, self.reasons)
+
+
+def make_script_plan(
+    cluster: ClusterOptions,
+    machines: Sequence[Machine],
+    script: Script,
+    *,
+    working_dir: str,
+    preload: tuple[str, ...],
+) -> ScriptPlan:
+    """UserError when the ranks do not fit the machines."""
+    name = script.target if script.kind == "path" else f"-m {script.target}"
+    reasons = [Reason(choice="script", value=name, why=f"in {working_dir}")]
+    layout = make_layout(cluster, machines, reasons, default_start="exec")
+    return ScriptPlan(
+        script=script,
+        cluster=cluster,
+        working_dir=working_dir,
+        accelerator=layout.accelerator,
+        num_nodes=layout.num_nodes,
+        world_size=layout.world_size,
+        threads_per_rank=layout.threads_per_rank,
+        start_method=layout.start_method,
+        has_store="torch" in machines[0].versions,
+        preload=preload if layout.start_method == "fork" else (),
+        hosts=layout.hosts,
+        reasons=tuple(reasons),
+    )
+
+
+def check_script(script: Script) -> None:
+    """UserError when the file is not there, or cannot be read."""
+    if script.kind == "module":
+        if not all(part.isidentifier() for part in script.target.split(".")):
+            raise UserError(f"-m {script.target!r}: a module is named like package.module.")
+        return
+    path = Path(script.target)
+    try:
+        if path.is_dir():
+            raise UserError(f"the script {path} is a folder. Name the file that is to be run.")
+        with open(path, "rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise UserError(
+            f"the script {path} cannot be read: {error.strerror}. Correct its path; the working "
+            f"folder is {Path.cwd()}."
+        ) from None
+
+
+def imports_of(script: Script) -> tuple[str, ...]:
+    """The heavy libraries that a script imports at its top level; nothing of it is run."""
+    if script.kind == "module":
+        return ("torch",)
+    try:
+        tree = ast.parse(Path(script.target).read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return ()
+    found: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            found.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return tuple(name for name in _PRELOADED if name in found)
+
+
+def preparation(plan: ScriptPlan, environ: Mapping[str, str]) -> Prepare:
+    """What every rank finds in its environment; what the user has set stays as it is."""
+    env = {"OMP_NUM_THREADS": str(plan.threads_per_rank), "GLOO_SOCKET_IFNAME": "lo"}
+    env = {name: value for name, value in env.items() if name not in environ}
+    env |= {"PYTHONUNBUFFERED": "1"}
+    if plan.start_method == "fork":
+        # Counting GPUs must not call the driver in the process that ranks are forked from, and a
+        # pool of threads would not survive a fork.
+        env |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return Prepare(
+        start_method=plan.start_method,
+        env=env,
+        preload=["ftlaunch.launcher.script", *plan.preload],
+        grace_seconds=plan.cluster.grace_seconds,
+    )
+
+
+def script_starts(
+    plan: ScriptPlan, port: int, folder: Path, *, restart: int
+) -> list[list[RankStart]]:
+    """The ranks of each node, and on node 0 the store that they meet at."""
+    starts = []
+    devices = plan.hosts[0].num_devices
+    for host, ranks in zip(plan.hosts, worlds(plan.hosts, devices, port), strict=True):
+        starts.append(
+            [
+                RankStart(
+                    rank=world.rank,
+                    module="ftlaunch.launcher.script",
+                    arguments=[plan.script.kind, plan.script.target, *plan.script.arguments],
+                    env={
+                        **world.to_environment(),
+                        **_torchrun_variables(plan, world.rank, restart),
+                        **device_environment(host),
+                    },
+                    working_dir=plan.working_dir,
+                    log_path=log_path(folder, world.rank),
+                    inherits_listener=False,
+                    shows_output=shows_output(plan.cluster.show_output or "first", world.rank),
+                )
+                for world in ranks
+            ]
+        )
+    if plan.has_store:
+        starts[0].insert(
+            0,
+            RankStart(
+                rank=_STORE,
+                module="ftlaunch.strategies.torch.store",
+                arguments=[str(plan.world_size)],
+                env={},
+                working_dir=None,
+                log_path=str(folder / "logs" / "store.log"),
+                inherits_listener=True,
+                shows_output=False,
+            ),
+        )
+    return starts
+
+
+def _torchrun_variables(plan: ScriptPlan, rank: int, restart: int) -> dict[str, str]:
+    """What scripts written for torchrun look for."""
+    return {
+        "ROLE_NAME": "default",
+        "ROLE_RANK": str(rank),
+        "ROLE_WORLD_SIZE": str(plan.world_size),
+        "TORCHELASTIC_RUN_ID": os.environ.get("TORCHELASTIC_RUN_ID", "ftlaunch"),
+        "TORCHELASTIC_RESTART_COUNT": str(restart),
+        "TORCHELASTIC_MAX_RESTARTS": str(plan.cluster.max_restarts),
+        "TORCHELASTIC_USE_AGENT_STORE": str(plan.has_store),
+        "FTLAUNCH_RESTART_COUNT": str(restart),
+    }
