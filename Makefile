@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format setup clean
+.PHONY: demo test faults check format setup clean
 
 demo: $(STAMP)
 	$(BIN)/ftlaunch --nodes 4
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+faults: $(STAMP)
+	$(BIN)/python -m pytest -m faults
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,0 +1,565 @@
+"""What a job does when something dies, hangs or runs out: how it ends, and how it goes on.
+
+The tests marked `faults` are the whole matrix, `make faults`; the others are a part of every run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ftlaunch.cluster.fork_server import SERVER_NAME
+from ftlaunch.launcher.plan import LaunchPlan, halve_micro_batch
+from ftlaunch.launcher.rehearsal import Fault, parse_fault
+from ftlaunch.launcher.restarts import RestartPolicy
+from tests.jobs import (
+    SCRIPT,
+    agent_processes,
+    assert_no_process_left,
+    checkpoint_steps,
+    finish,
+    ftlaunch,
+    metrics_of,
+    processes_of,
+    rank_process,
+    read_lines,
+    said,
+    start,
+    summary_of,
+    wait_until,
+    write_model,
+)
+from tests.test_verdict import _failure
+from tests.training_jobs import (
+    NUM_STEPS,
+    Inputs,
+    assert_every_checkpoint_whole,
+    assert_same_training,
+    wait_for_step,
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return Inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs):
+    """The metrics of a job that nothing happens to."""
+    out = inputs.folder / "undisturbed"
+    result = ftlaunch(*inputs.command(out))
+    assert result.returncode == 0, said(result)
+    return metrics_of(out)
+
+
+def events_of(out: Path, kind: str) -> list[dict[str, object]]:
+    return [event for event in read_lines(out / "events.jsonl") if event["kind"] == kind]
+
+
+# -- rehearsals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "culprit"),
+    [
+        ("kill-rank:1@step20", "rank 1 on node1: killed by SIGKILL"),
+        ("kill-rank:0@evaluate", "rank 0 on node0: killed by SIGKILL"),
+        ("kill-rank:1@save", "rank 1 on node1: killed by SIGKILL"),
+        ("crash-rank:0@step20", "rank 0 on node0: segmentation fault"),
+        ("kill-agent:0@step20", "the agent on node0: killed by SIGKILL; rank 0 ended with it"),
+        ("kill-fork-server:0@step20", "the fork server on node"),
+        ("hang-node:1@step20", "the agent on node1: silent for 2 s; rank 1 ended with it"),
+        ("stop-rank:1@step20", "does not answer: its process is stopped by a signal"),
+    ],
+)
+def test_a_rehearsed_fault_is_named_and_overcome(inputs, undisturbed, tmp_path, fault, culprit):
+    out = tmp_path / "out"
+    result = ftlaunch(
+        "rehearse",
+        *("--fault", fault, *inputs.command(out)),
+        *("cluster.heartbeat_timeout_seconds=2", "cluster.stall_timeout_seconds=3"),
+    )
+    assert result.returncode == 0, said(result)
+    assert culprit in result.stdout, said(result)
+    assert "restart 1 of 3" in result.stdout
+    assert_same_training(metrics_of(out), undisturbed)
+    (restart,) = events_of(out, "restarted")
+    assert culprit in str(restart["reason"])
+    assert re.search(rf"\d\.\d\d s  fault: {fault.partition(':')[0]}", result.stdout)
+    assert_no_process_left(out)
+
+
+def test_a_rehearsed_interrupt(inputs, tmp_path):
+    out = tmp_path / "out"
+    result = ftlaunch("rehearse", "--fault", "interrupt@step20", *inputs.endless(out))
+    assert result.returncode == 75, said(result)
+    assert checkpoint_steps(out)[-1] >= 20
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("kill-rank:3@step5", Fault(kind="kill-rank", target=3, step=5)),
+        ("hang-node:2@20s", Fault(kind="hang-node", target=2, seconds=20.0)),
+        ("kill-agent:0@0.5s", Fault(kind="kill-agent", target=0, seconds=0.5)),
+        ("stop-rank:1@save", Fault(kind="stop-rank", target=1, phase="save")),
+        ("interrupt@step2", Fault(kind="interrupt", target=0, step=2)),
+    ],
+)
+def test_faults_are_understood(text, fault):
+    assert parse_fault(text) == fault
+
+
+@pytest.mark.parametrize(
+    ("fault", "word"),
+    [
+        ("explode:1@step5", "kill-rank"),
+        ("kill-rank:1", "KIND:NUMBER@MOMENT"),
+        ("kill-rank@step5", "needs the number"),
+        ("interrupt:1@step5", "takes no number"),
+        ("kill-rank:1@lunch", "Moments: stepN"),
+        ("kill-rank:-1@step5", "KIND:NUMBER@MOMENT"),
+        ("kill-rank:7@step5", "the job has 2 ranks"),
+        ("kill-agent:2@step5", "the job has 2 nodes"),
+    ],
+)
+def test_faults_that_are_not_understood(inputs, tmp_path, fault, word):
+    result = ftlaunch("rehearse", "--fault", fault, *inputs.command(tmp_path / "out"))
+    assert result.returncode == 2
+    assert word in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rehearsal_without_a_fault(tmp_path):
+    result = ftlaunch("rehearse", "--nodes", 2, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "--fault kill-rank:0@step5" in result.stderr
+
+
+# -- restarts by cause --------------------------------------------------------------------------
+
+
+def _decide(policy, cause, *, progressed=True, can_halve=True):
+    failure = _failure(0, cause, "words", 1.0)
+    return policy.decide(failure, progressed=progressed, can_halve=can_halve, goes_on="step 5")
+
+
+def test_what_is_tried_again():
+    for cause in ("user", "exception", "exit"):
+        assert _decide(RestartPolicy(max_restarts=3), cause) is None
+    for cause in ("signal", "lost", "stall"):
+        policy = RestartPolicy(max_restarts=2)
+        assert "restart 1 of 2 from step 5" in _decide(policy, cause).why
+        assert _decide(policy, cause) is not None
+        assert _decide(policy, cause) is None
+        assert _decide(RestartPolicy(max_restarts=0), cause) is None
+
+
+def test_two_failures_without_a_step_between_stop():
+    policy = RestartPolicy(max_restarts=9)
+    assert _decide(policy, "signal", progressed=False) is not None
+    assert _decide(policy, "lost", progressed=False) is None
+
+
+def test_want_of_memory_is_not_counted_and_ends_at_one_sample():
+    policy = RestartPolicy(max_restarts=0)
+    for _ in range(5):
+        assert _decide(policy, "memory", progressed=False).halves_micro_batch
+    assert _decide(policy, "memory", can_halve=False) is None
+
+
+def test_half_a_micro_batch_has_the_same_global_batch(inputs, undisturbed):
+    plan = LaunchPlan.read(inputs.folder / "undisturbed" / "plan.json")
+    assert (plan.world_size, plan.global_batch_size, plan.micro_batch, plan.accumulation) == (
+        2, 16, 4, 2,
+    )  # fmt: skip
+    half = halve_micro_batch(plan)
+    assert half is not None
+    assert (half.global_batch_size, half.micro_batch, half.accumulation) == (16, 2, 4)
+    assert any("for want of memory" in reason.why for reason in half.reasons)
+    one = halve_micro_batch(half)
+    assert one is not None
+    assert halve_micro_batch(one) is None
+
+
+_HUNGRY = """\
+import torch
+from transformers import BertForSequenceClassification
+
+
+class Hungry(BertForSequenceClassification):
+    def forward(self, *args, **kwargs):
+        rows = (kwargs.get("input_ids") if args == () else args[0]).shape[0]
+        if rows > {limit}:
+            torch.empty(1 << 50)  # a petabyte: torch's allocator says no
+        return super().forward(*args, **kwargs)
+"""
+
+
+def _hungry_model(folder: Path, limit: int) -> Path:
+    model = write_model(folder, auto_map={"AutoModelForSequenceClassification": "hungry.Hungry"})
+    (model / "hungry.py").write_text(_HUNGRY.format(limit=limit))
+    return model
+
+
+def test_no_memory_is_answered_with_half_the_micro_batch(inputs, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    model = _hungry_model(tmp_path / "model", 1)
+    flags = ("model.trust_remote_code=true", "train.per_device_eval_batch_size=4")
+    result = ftlaunch(*inputs.command(out, *flags, "--max-restarts", 0, model=model))
+    assert result.returncode == 0, said(result)
+    assert result.stdout.count("with half the micro-batch") == 2
+    assert "can't allocate memory" in result.stdout
+    # Four samples at once, then two, then one: the same global batch, the same training.
+    assert_same_training(metrics_of(out), undisturbed)
+    assert LaunchPlan.read(out / "plan.json").micro_batch == 1
+
+
+def test_no_memory_for_one_sample_ends_the_job(inputs, tmp_path):
+    out = tmp_path / "out"
+    model = _hungry_model(tmp_path / "model", 0)
+    result = ftlaunch(*inputs.command(out, "model.trust_remote_code=true", model=model))
+    assert result.returncode == 1
+    assert result.stdout.count("with half the micro-batch") == 2
+    assert summary_of(out)["failure"]["cause"] == "memory"
+
+
+def test_a_rank_that_dies_at_every_start(inputs, tmp_path):
+    model = write_model(
+        tmp_path / "model", auto_map={"AutoModelForSequenceClassification": "dies.Dies"}
+    )
+    (model / "dies.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
+    out = tmp_path / "out"
+    result = ftlaunch(*inputs.command(out, "model.trust_remote_code=true", model=model))
+    assert result.returncode == 1
+    assert result.stdout.count("restart") == 1
+    assert "killed by SIGKILL" in said(result)
+
+
+@pytest.fixture
+def memory_cgroup() -> Iterator[Path]:
+    """A control group of 400 MB; making it takes root and a writable hierarchy."""
+    roots = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]
+    name = f"ftlaunch-test-{os.getpid()}"
+    for root, limit in zip(roots, ("memory.limit_in_bytes", "memory.max"), strict=True):
+        folder = root / name
+        try:
+            folder.mkdir()
+            (folder / limit).write_text("400000000")
+        except OSError:
+            if folder.is_dir():
+                folder.rmdir()
+            continue
+        yield folder
+        folder.rmdir()
+        return
+    pytest.skip("no control group with a memory limit can be made here")
+
+
+def test_the_kernels_killer_is_told_from_a_kill(memory_cgroup, tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import os, time\n"
+        "held = []\n"
+        "while os.environ['RANK'] == '1':\n"
+        "    held.append(bytearray(10_000_000))\n"
+        "    time.sleep(0.002)\n"
+        "time.sleep(600)\n"
+    )
+    out = tmp_path / "out"
+    join = f'echo $$ > {memory_cgroup}/cgroup.procs; exec "$@"'
+    done = subprocess.run(
+        [
+            *("bash", "-c", join, "bash", *SCRIPT, "--nodes", "2", "--max-restarts", "0"),
+            *("-o", str(out), "cluster.grace_seconds=0", "script.py"),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 137, done.stdout + done.stderr
+    assert "rank 1 on node1 failed: killed by the kernel for want of memory" in done.stdout
+    assert summary_of(out)["failure"]["cause"] == "memory"
+    assert_no_process_left(out)
+
+
+# -- what vanishes without a word ---------------------------------------------------------------
+
+
+def test_a_stall_without_restarts_shows_the_stack_of_the_odd_rank(inputs, tmp_path):
+    model = write_model(
+        tmp_path / "model", auto_map={"AutoModelForSequenceClassification": "sleeps.Sleeps"}
+    )
+    (model / "sleeps.py").write_text(
+        "import os, time\n"
+        "from transformers import BertForSequenceClassification\n\n"
+        "class Sleeps(BertForSequenceClassification):\n"
+        "    calls = 0\n\n"
+        "    def forward(self, *args, **kwargs):\n"
+        "        self.calls += 1\n"
+        "        if os.environ['RANK'] == '1' and self.calls > 20:\n"
+        "            self.rest()\n"
+        "        return super().forward(*args, **kwargs)\n\n"
+        "    def rest(self):\n"
+        "        time.sleep(600)\n"
+    )
+    out = tmp_path / "out"
+    result = ftlaunch(
+        *inputs.command(out, "model.trust_remote_code=true", "--max-restarts", 0, model=model),
+        "cluster.stall_timeout_seconds=3",
+    )
+    output = said(result)
+    assert result.returncode == 1, output
+    assert re.search(r"rank 1 on node1 failed: no progress for \d s .*rank 1 is in rest", output)
+    assert 'sleeps.py", line 14 in rest' in output
+    assert "in rest" in (out / "logs" / "rank-00001.log").read_text()
+    # The others' stacks are in their logs.
+    assert "most recent call first" in (out / "logs" / "rank-00000.log").read_text()
+    assert summary_of(out)["failure"]["cause"] == "stall"
+
+
+def test_a_coordinator_that_hangs_is_left(inputs, tmp_path):
+    out = tmp_path / "out"
+    command = inputs.endless(out, "cluster.heartbeat_timeout_seconds=2")
+    with start(*command) as process:
+        wait_for_step(process, out, 5)
+        process.send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        wait_until(lambda: len(processes_of(out)) == 1, 12, "agents and ranks are gone")
+        assert time.monotonic() - stopped < 2 + 5 + 1
+        process.send_signal(signal.SIGCONT)
+        process.terminate()
+        finish(process, 60)
+    assert_no_process_left(out)
+
+
+def test_ctrl_z_suspends_the_command_and_not_the_job(inputs, tmp_path):
+    out = tmp_path / "out"
+    command = inputs.endless(out, "cluster.heartbeat_timeout_seconds=1")
+    with start(*command) as process:
+        wait_for_step(process, out, 5)
+        process.send_signal(signal.SIGTSTP)
+        wait_until(lambda: _state(process.pid) == "T", 5, "the command is stopped")
+        time.sleep(3)
+        assert len(processes_of(out)) >= 5
+        process.send_signal(signal.SIGCONT)
+        wait_for_step(process, out, metrics_of(out)[-1]["step"] + 50)
+        process.terminate()
+        result = finish(process, 60)
+    assert result.returncode == 75, said(result)
+    assert "restart" not in result.stdout
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+# -- full disks ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)],
+        capture_output=True,
+        timeout=30,
+    )
+    if made.returncode:
+        if os.environ.get("CI") == "true":
+            pytest.fail("a small file system cannot be mounted here")
+        pytest.skip("mounting takes root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True, timeout=30)
+
+
+def test_a_full_disk_under_the_logs_of_a_script(tiny_disk, tmp_path):
+    (tmp_path / "script.py").write_text("while True:\n    print('x' * 1000)\n")
+    out = tiny_disk / "out"
+    result = ftlaunch(
+        *("--nodes", 2, "-o", out, "cluster.grace_seconds=0", "script.py"),
+        cwd=tmp_path,
+        command=SCRIPT,
+    )
+    assert result.returncode == 1, said(result)[-2000:]
+    assert "OSError: [Errno 28] No space left on device" in said(result)
+    assert_no_process_left(out)
+
+
+# -- at rest ------------------------------------------------------------------------------------
+
+
+def test_at_rest_nothing_is_done(tmp_path):
+    (tmp_path / "script.py").write_text("import time; print('up', flush=True); time.sleep(600)")
+    out = tmp_path / "out"
+    seconds = 5.0
+    with start("--nodes", 4, "-o", out, "script.py", cwd=tmp_path, command=SCRIPT) as process:
+        logs = [out / "logs" / f"rank-{rank:05d}.log" for rank in range(4)]
+        wait_until(
+            lambda: all(p.exists() and "up" in p.read_text() for p in logs), 60, "four ranks"
+        )
+        time.sleep(3)  # the store is still importing
+        servers = [pid for pid in processes_of(out) if _name(pid) == SERVER_NAME]
+        watched = [process.pid, *agent_processes(out), *servers]
+        assert len(watched) == 6
+        before = sum(map(_cpu_seconds, watched))
+        time.sleep(seconds)
+        used = sum(map(_cpu_seconds, watched)) - before
+        process.kill()
+    assert used / seconds < 0.01
+    assert_no_process_left(out)
+
+
+def _name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def _cpu_seconds(pid: int) -> float:
+    """By the scheduler's clock: the ticks of /proc/PID/stat are as long as what is measured."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+# -- the matrix ---------------------------------------------------------------------------------
+
+
+def _victim(process: subprocess.Popen[str], out: Path, kind: str) -> tuple[int, str] | None:
+    """(process, who is to be named); None while it is not there."""
+    try:
+        if kind == "rank":
+            return rank_process(out, 1), "rank 1 on node1"
+        if kind == "agent":
+            return agent_processes(out)[1], "the agent on node1"
+        if kind == "server":
+            (server,) = [pid for pid in processes_of(out) if _name(pid) == SERVER_NAME]
+            return server, "the fork server on node"
+    except (AssertionError, IndexError, ValueError, OSError):
+        return None
+    return process.pid, ""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("kind", ["rank", "agent", "server", "coordinator"])
+def test_kill_at_a_random_moment(inputs, undisturbed, tmp_path, kind, number):
+    """From start-up to the end, with an evaluation and a save every few steps between."""
+    out = tmp_path / "out"
+    moment = random.Random(f"{kind} {number}").uniform(0.0, 7.0)
+    busy = ("train.eval_strategy=steps", "train.eval_steps=6", "checkpoint.save_steps=4")
+    with start(*inputs.endless(out, *busy, "--max-restarts", 0)) as process:
+        time.sleep(moment)
+        wait_until(lambda: _victim(process, out, kind), 30, f"the {kind}")
+        found = _victim(process, out, kind)
+        assert found is not None
+        pid, culprit = found
+        os.kill(pid, signal.SIGKILL)
+        killed = time.monotonic()
+        result = finish(process, 30)
+        wait_until(lambda: not processes_of(out), 5 - (time.monotonic() - killed), "all are gone")
+        seconds = time.monotonic() - killed
+    print(f"{kind} after {moment:.2f} s: everything gone after {seconds:.2f} s")
+    assert seconds < 5
+    if kind == "coordinator":
+        assert result.returncode == -signal.SIGKILL
+    else:
+        assert result.returncode == 1, said(result)
+        assert f"error: {culprit}" in said(result), said(result)
+        assert "killed by SIGKILL" in said(result)
+    steps = assert_every_checkpoint_whole(out)
+    done = len(metrics_of(out))
+    again = ftlaunch(*inputs.command(out, *busy))
+    if done > NUM_STEPS or (steps and steps[-1] > NUM_STEPS):
+        return  # it was faster than the undisturbed one has steps: nothing to compare
+    assert again.returncode == 0, said(again)
+    if steps:
+        assert f"resumed after step {steps[-1]}" in again.stdout
+    by_step = {line["step"]: line for line in undisturbed}
+    for line in metrics_of(out):
+        assert line["samples_digest"] == by_step[line["step"]]["samples_digest"]
+
+
+@pytest.mark.faults
+def test_the_first_of_two_failures_20_times(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import os, time\n"
+        "time.sleep(max(0, float(os.environ['START']) - time.monotonic()))\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    time.sleep(0.02)\n"
+        "raise ValueError('rank ' + os.environ['RANK'])\n"
+    )
+    right = 0
+    for number in range(20):
+        out = tmp_path / f"out-{number}"
+        result = ftlaunch(
+            *("--nodes", 2, "-o", out, "script.py"),
+            cwd=tmp_path,
+            command=SCRIPT,
+            env={"START": str(time.monotonic() + 2.0)},
+        )
+        right += "error: rank 1 on node1 failed: ValueError: rank 1" in said(result)
+    assert right == 20
+
+
+_STARTS = """
+import os
+import numpy, torch
+import torch.distributed as dist
+from tokenizers import Tokenizer, models
+
+torch.set_num_threads(2)
+x = torch.ones(400, 400)
+assert (x @ x)[0, 0] == 400
+tokenizer = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+os.environ["TOKENIZERS_PARALLELISM"] = "true"
+assert len(tokenizer.encode_batch(["a"] * 200)) == 200
+dist.init_process_group("gloo")
+total = torch.ones(1)
+dist.all_reduce(total)
+assert total.item() == 2
+print("descriptors", len(os.listdir("/proc/self/fd")), flush=True)
+dist.destroy_process_group()
+if dist.is_available() and int(os.environ["TORCHELASTIC_RESTART_COUNT"]) < {restarts}:
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.faults
+def test_200_starts_from_one_fork_server(tmp_path):
+    """Each attempt ends by a kill, so that the same fork server starts the next one."""
+    starts = 200
+    (tmp_path / "script.py").write_text(_STARTS.replace("{restarts}", str(starts - 1)))
+    out = tmp_path / "out"
+    command = ["--nodes", 2, "--max-restarts", starts, "-o", out]
+    command += ["cluster.start_method=fork", "cluster.grace_seconds=0", "script.py"]
+    seen: set[tuple[int, int, int]] = set()
+    with start(*command, cwd=tmp_path, command=SCRIPT) as process:
+        while process.poll() is None:
+            for pid in processes_of(out):
+                try:
+                    if _name(pid) == SERVER_NAME:
+                        folder = Path(f"/proc/{pid}")
+                        counts = [len(list((folder / name).iterdir())) for name in ("fd", "task")]
+                        seen.add((pid, *counts))  # type: ignore[arg-type]
+                except OSError:
+                    pass
+            time.sleep(0.5)
+        result = finish(process, 60)
+    assert result.returncode == 0, said(result)[-3000:]
+    logs = (out / "logs" / "rank-00000.log").read_text()
+    assert logs.count("descriptors") == starts
+    # The same number in the first rank and in the last.
+    assert len(set(re.findall(r"descriptors \d+", logs))) == 1
+    assert len({pid for pid, _, _ in seen}) == 1
+    assert {threads for _, _, threads in seen} == {1}
+    assert max(descriptors for _, descriptors, _ in seen) < 16
+    assert json.loads((out / "summary.json").read_text())["restarts"] == starts - 1
