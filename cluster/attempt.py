@@ -165,10 +165,11 @@ class Attempt:
             if self._running:
                 self._fail_rank(event.rank, "lost", "ended before the ranks that it serves", at=at)
         elif self._is_stop(event):
-            # A rank leaves with that code when nothing is left to save. Others may wait for it in
-            # a call that no signal interrupts: they get a moment, then they are ended.
+            # A rank of ours leaves with that code when nothing is left to save. Others may wait for
+            # it in a call that no signal interrupts: they get a moment, then they are ended.
             self._codes.add(EXIT_STOPPED)
-            self._leave_by = self._leave_by or time.monotonic() + _LEAVE_SECONDS
+            if not self._passes_code:
+                self._leave_by = self._leave_by or time.monotonic() + _LEAVE_SECONDS
         elif event.signal is not None:
             if event.out_of_memory:
                 title = f"killed by the kernel for want of memory: {event.out_of_memory}"

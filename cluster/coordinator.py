@@ -78,7 +78,7 @@ class Coordinator:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._nodes.close()
+        self._nodes.close(grace_seconds=self._grace_seconds)
 
     @property
     def stop_requested(self) -> bool:
@@ -92,6 +92,10 @@ class Coordinator:
     @property
     def agent_pids(self) -> list[int]:
         return [node.process.pid for node in self._nodes]
+
+    @property
+    def _grace_seconds(self) -> float:
+        return self._prepare.grace_seconds if self._prepare is not None else 0.0
 
     def ranks_of(self, node: int) -> list[int]:
         """The ranks that were started on a node."""
@@ -247,7 +251,9 @@ class Coordinator:
             for number, node in enumerate(self._nodes)
             if node.lost is None and node.send(Kill(at_once=at_once))
         }
-        for number, event in self._nodes.poll_until(_KILL_SECONDS, lambda: bool(waiting)):
+        for number, event in self._nodes.poll_until(
+            self._grace_seconds + _KILL_SECONDS, lambda: bool(waiting)
+        ):
             if event is None:
                 waiting.discard(number)
             elif isinstance(event, Killed):

@@ -220,10 +220,7 @@ class ForkServer:
         if isinstance(command, Spawn):
             return self._spawn(connection, command.rank, descriptors)
         if isinstance(command, Stop):
-            for pid, rank in connection.ranks.items():
-                # Who serves the ranks is needed until they are gone.
-                if rank >= 0:
-                    os.kill(pid, command.signal)
+            self._signal(connection, command.signal)
         elif isinstance(command, Kill):
             self._end(connection, 0.0 if command.at_once else self._grace_seconds)
         elif isinstance(command, Leave):
@@ -310,20 +307,28 @@ class ForkServer:
         mine = (p for p in table.values() if p.parent == os.getpid())
         return [p for p in mine if p.is_alive and p.pid not in ranks]
 
+    def _signal(self, connection: _Connection, number: int) -> None:
+        for pid, rank in connection.ranks.items():
+            # Who serves the ranks is needed until they are gone.
+            if rank >= 0:
+                os.kill(pid, number)
+
     def _end(self, connection: _Connection, grace_seconds: float) -> None:
         """End the ranks of a connection: SIGTERM and patience first, where there is some."""
         if not connection.ranks:
             connection.send(Killed(survivors=[]))
         elif grace_seconds > 0:
-            for pid in connection.ranks:
-                os.kill(pid, signal.SIGTERM)
+            self._signal(connection, signal.SIGTERM)
             connection.kill_at = time.monotonic() + grace_seconds
         else:
             self._kill(connection)
 
     def _lose_patience(self) -> None:
         for connection in list(self._connections):
-            if connection.kill_at is not None and time.monotonic() >= connection.kill_at:
+            if connection.kill_at is None:
+                continue
+            served = any(rank >= 0 for rank in connection.ranks.values())
+            if time.monotonic() >= connection.kill_at or not served:
                 self._kill(connection)
 
     def _kill(self, connection: _Connection) -> None:

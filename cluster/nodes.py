@@ -53,11 +53,14 @@ class Nodes:
         for number in range(len(self)):
             self._nodes.append(self._start(number))
 
-    def close(self) -> None:
-        """Every agent has left, or is made to; nothing of the job is left on this machine."""
+    def close(self, *, grace_seconds: float) -> None:
+        """Every agent has left, or is made to; nothing of the job is left on this machine.
+
+        grace_seconds   that ranks which are still there are given by their fork server
+        """
         for node in self._nodes:
             node.hang_up()
-        deadline = time.monotonic() + _LEAVE_SECONDS
+        deadline = time.monotonic() + grace_seconds + _LEAVE_SECONDS
         for node in self._nodes:
             self._end(node, deadline)
         self._selector.close()

@@ -167,6 +167,8 @@ def _split_at_script(
     position = 0
     while position < len(argv):
         word = argv[position]
+        if word.startswith("-m") and len(word) > 2:
+            return [*argv[:position], "-m", word[2:]], argv[position + 1 :]
         if word in ("-m", "--"):
             # "--" ends the flags, as everywhere; what follows is a script.
             end = position + (2 if word == "-m" else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ftlaunch.launcher.config import RunConfig, load_config
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.job import run_job, show_plan
 from ftlaunch.launcher.plan import LaunchPlan
-from ftlaunch.launcher.rehearsal import KINDS, Fault, Rehearsal, check_faults, parse_fault
+from ftlaunch.launcher.rehearsal import KINDS, Fault, Rehearsal, parse_fault
 from ftlaunch.launcher.script_job import run_script, show_script_plan
 from ftlaunch.launcher.script_plan import Script
 from ftlaunch.strategies.data.demo import DEMO_OPTIONS
@@ -40,8 +41,6 @@ def rehearse(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
 def _train(arguments: argparse.Namespace, flags: Mapping[str, Any], faults: Sequence[Fault]) -> int:
     script = _script(arguments)
     config = _script_config(arguments, flags) if script else _config(arguments, flags)
-    cluster = config.cluster
-    check_faults(faults, num_nodes=cluster.nodes, world_size=cluster.nodes * (cluster.devices or 1))
     rehearsal = Rehearsal(faults)
     with Console(sys.stdout) as console:
         if script is not None:
@@ -67,16 +66,18 @@ def _script(arguments: argparse.Namespace) -> Script | None:
 def _script_config(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> RunConfig:
     """UserError for what means nothing to a script."""
     strange = [f"--{name}" for name in flags if name in _OF_TRAINING]
-    strange += [
-        word for word in arguments.overrides if not word.startswith(("cluster.", "output_dir="))
-    ]
+    if not strange:
+        file = Path(arguments.config) if arguments.config is not None else None
+        config = load_config(file=file, flags=flags, overrides=arguments.overrides)
+        nothing = RunConfig(output_dir=config.output_dir, cluster=config.cluster)
+        names = [each.name for each in fields(config)]
+        strange = [name for name in names if getattr(config, name) != getattr(nothing, name)]
     if strange:
         raise UserError(
-            f"{', '.join(strange)}: a script does its own training, and these mean nothing to it. "
-            "Put what is meant for the script behind its name; cluster.* keys go before it."
+            f"{', '.join(strange)} is set, but a script does its own training: only cluster.* and "
+            "output_dir mean something to it. Put what is meant for the script behind its name."
         )
-    file = Path(arguments.config) if arguments.config is not None else None
-    return load_config(file=file, flags=flags, overrides=arguments.overrides)
+    return config
 
 
 def _config(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> RunConfig:

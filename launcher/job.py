@@ -31,7 +31,7 @@ from ftlaunch.launcher.output_folder import OWN_NAMES, OutputFolder, default_out
 from ftlaunch.launcher.plan import LaunchPlan, halve_micro_batch, make_plan
 from ftlaunch.launcher.ranks import ADDRESS, PLAN_OF_RANKS, output_label, preparation, rank_starts
 from ftlaunch.launcher.recorder import Recorder
-from ftlaunch.launcher.rehearsal import Rehearsal
+from ftlaunch.launcher.rehearsal import Rehearsal, check_faults
 from ftlaunch.launcher.report import write_report
 from ftlaunch.launcher.restarts import Restart, RestartPolicy
 from ftlaunch.strategies.checkpoint.manifest import write_json
@@ -103,7 +103,10 @@ def run_job(
     # A plan for machines like this one: most mistakes are found before anything is made or started.
     machine = detect_machine(os.environ)
     folder = default_output_dir(config)
-    make_plan(config, [machine] * config.cluster.nodes, output_dir=str(folder), mode=mode)
+    machines = [machine] * config.cluster.nodes
+    plan = make_plan(config, machines, output_dir=str(folder), mode=mode)
+    rehearsal = rehearsal or Rehearsal(())
+    check_faults(rehearsal.faults, num_nodes=plan.num_nodes, world_size=plan.world_size)
     need_descriptors(config.cluster.nodes)
     if overwrite:
         _keep_input(config, folder)
@@ -151,7 +154,7 @@ class _Job:
         timeline: Timeline,
         mode: Mode,
         machine: Machine,
-        rehearsal: Rehearsal | None,
+        rehearsal: Rehearsal,
     ) -> None:
         self._config = config
         self._folder = folder
@@ -159,7 +162,7 @@ class _Job:
         self._timeline = timeline
         self._mode: Mode = mode
         self._machine = machine
-        self._rehearsal = rehearsal or Rehearsal(())
+        self._rehearsal = rehearsal
         self._record = _Record(started=timeline.started)
         self._policy = RestartPolicy(max_restarts=config.cluster.max_restarts)
 

@@ -111,9 +111,16 @@ def parse_fault(text: str) -> Fault:
     )
 
 
-def check_faults(faults: Sequence[Fault], *, num_nodes: int, world_size: int) -> None:
-    """UserError for a rank or node that the job does not have."""
+def check_faults(
+    faults: Sequence[Fault], *, num_nodes: int, world_size: int, has_steps: bool = True
+) -> None:
+    """UserError for a rank, a node or a moment that the job does not have."""
     for fault in faults:
+        if fault.seconds is None and not has_steps:
+            raise UserError(
+                f"--fault {fault}: what a script is doing is not known, so its moment has to be a "
+                f"time, such as {fault.kind}:{fault.target}@20s."
+            )
         number, what = (
             (world_size, "ranks") if fault.kind.endswith("-rank") else (num_nodes, "nodes")
         )

@@ -26,7 +26,7 @@ from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.ending import show_verdict, verdict_json
 from ftlaunch.launcher.output_folder import OutputFolder, default_output_dir
 from ftlaunch.launcher.ranks import ADDRESS, output_label
-from ftlaunch.launcher.rehearsal import Rehearsal
+from ftlaunch.launcher.rehearsal import Rehearsal, check_faults
 from ftlaunch.launcher.restarts import Restart, RestartPolicy
 from ftlaunch.launcher.script_plan import (
     Script,
@@ -64,6 +64,13 @@ def run_script(
     timeline = Timeline(time.monotonic())
     check_script(script)
     plan = _plan(config, script, [detect_machine(os.environ)])
+    rehearsal = rehearsal or Rehearsal(())
+    check_faults(
+        rehearsal.faults,
+        num_nodes=plan.num_nodes,
+        world_size=plan.world_size,
+        has_steps=False,
+    )
     need_descriptors(plan.num_nodes)
     folder = default_output_dir(config)
     if (folder / "metrics.jsonl").exists() and not overwrite:
@@ -72,7 +79,7 @@ def run_script(
             "would replace. Choose another with --output-dir."
         )
     with OutputFolder(folder, overwrite=overwrite):
-        return _ScriptJob(plan, folder, console, timeline, rehearsal or Rehearsal(())).run()
+        return _ScriptJob(plan, folder, console, timeline, rehearsal).run()
 
 
 def _plan(config: RunConfig, script: Script, machines: list[Machine]) -> ScriptPlan:

@@ -144,7 +144,7 @@ def preparation(plan: ScriptPlan, environ: Mapping[str, str]) -> Prepare:
     return Prepare(
         start_method=plan.start_method,
         env=env,
-        preload=["ftlaunch.launcher.script", *plan.preload],
+        preload=["ftlaunch.launcher.script", *plan.preload] if plan.start_method == "fork" else [],
         grace_seconds=plan.cluster.grace_seconds,
     )
 

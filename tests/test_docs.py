@@ -19,7 +19,7 @@ from ftlaunch.cluster import errors
 from ftlaunch.cluster.machine import detect_machine
 from ftlaunch.cluster.rank_pipe import EVENT_FD_VARIABLE, LISTEN_FD_VARIABLE
 from ftlaunch.cluster.world import World
-from ftlaunch.launcher.cli import build_eval_parser, build_parser
+from ftlaunch.launcher.cli import build_eval_parser, build_parser, parse
 from ftlaunch.launcher.config import (
     ALIASES,
     RunConfig,
@@ -141,8 +141,9 @@ def test_documented_meanings_name_every_choice() -> None:
         for choice in _choices(hints[key]):
             checked += 1
             assert f"`{choice}`" in " ".join(documented[key]), f"{key} does not mention {choice}"
-    # precision, cluster.kind, save_dtype, lr_scheduler_type, class_weights, eval_strategy
-    assert checked == 4 + 4 + 3 + 3 + 1 + 3
+    # precision, cluster.kind, save_dtype, lr_scheduler_type, class_weights, eval_strategy,
+    # start_method, show_output
+    assert checked == 4 + 4 + 3 + 3 + 1 + 3 + 2 + 3
 
 
 def _choices(hint: Any) -> Iterator[Any]:
@@ -209,9 +210,7 @@ def test_documented_variables_of_a_rank(tmp_path: Path) -> None:
 
 
 def _check_ftlaunch(words: list[str]) -> None:
-    evaluation = words[:1] == ["eval"]
-    parser = build_eval_parser() if evaluation else build_parser()
-    arguments = parser.parse_intermixed_args(words[1:] if evaluation else words)
+    _, arguments = parse(words)
     for override in arguments.overrides:
         assert override.partition("=")[0] in all_keys(), override
 

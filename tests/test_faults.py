@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from ftlaunch.cluster.agent import AGENT_NAME
 from ftlaunch.cluster.fork_server import SERVER_NAME
+from ftlaunch.cluster.linux import read_process
 from ftlaunch.launcher.plan import LaunchPlan, halve_micro_batch
 from ftlaunch.launcher.rehearsal import Fault, parse_fault
 from ftlaunch.launcher.restarts import RestartPolicy
@@ -96,6 +98,18 @@ def test_a_rehearsed_fault_is_named_and_overcome(inputs, undisturbed, tmp_path, 
     (restart,) = events_of(out, "restarted")
     assert culprit in str(restart["reason"])
     assert re.search(rf"\d\.\d\d s  fault: {fault.partition(':')[0]}", result.stdout)
+    assert_no_process_left(out)
+
+
+def test_ranks_that_are_executed_are_as_good(inputs, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    result = ftlaunch(
+        *("rehearse", "--fault", "kill-rank:1@step20", *inputs.command(out)),
+        "cluster.start_method=exec",
+    )
+    assert result.returncode == 0, said(result)
+    assert "rank 1 on node1: killed by SIGKILL; restart 1 of 3" in result.stdout
+    assert_same_training(metrics_of(out), undisturbed)
     assert_no_process_left(out)
 
 
@@ -450,12 +464,14 @@ def _victim(process: subprocess.Popen[str], out: Path, kind: str) -> tuple[int, 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("method", ["fork", "exec"])
 @pytest.mark.parametrize("kind", ["rank", "agent", "server", "coordinator"])
-def test_kill_at_a_random_moment(inputs, undisturbed, tmp_path, kind, number):
+def test_kill_at_a_random_moment(inputs, undisturbed, tmp_path, kind, method, number):
     """From start-up to the end, with an evaluation and a save every few steps between."""
     out = tmp_path / "out"
-    moment = random.Random(f"{kind} {number}").uniform(0.0, 7.0)
-    busy = ("train.eval_strategy=steps", "train.eval_steps=6", "checkpoint.save_steps=4")
+    moment = random.Random(f"{kind} {number}").uniform(0.0, 7.0 if method == "fork" else 12.0)
+    busy = ["train.eval_strategy=steps", "train.eval_steps=6", "checkpoint.save_steps=4"]
+    busy += [f"cluster.start_method={method}"]
     with start(*inputs.endless(out, *busy, "--max-restarts", 0)) as process:
         time.sleep(moment)
         wait_until(lambda: _victim(process, out, kind), 30, f"the {kind}")
@@ -467,7 +483,7 @@ def test_kill_at_a_random_moment(inputs, undisturbed, tmp_path, kind, number):
         result = finish(process, 30)
         wait_until(lambda: not processes_of(out), 5 - (time.monotonic() - killed), "all are gone")
         seconds = time.monotonic() - killed
-    print(f"{kind} after {moment:.2f} s: everything gone after {seconds:.2f} s")
+    print(f"{method}: {kind} after {moment:.2f} s: everything gone after {seconds:.2f} s")
     assert seconds < 5
     if kind == "coordinator":
         assert result.returncode == -signal.SIGKILL
@@ -546,7 +562,9 @@ def test_200_starts_from_one_fork_server(tmp_path):
         while process.poll() is None:
             for pid in processes_of(out):
                 try:
-                    if _name(pid) == SERVER_NAME:
+                    # A rank has that name too, for the moment after its fork.
+                    found = read_process(pid)
+                    if _name(pid) == SERVER_NAME and found and _name(found.parent) == AGENT_NAME:
                         folder = Path(f"/proc/{pid}")
                         counts = [len(list((folder / name).iterdir())) for name in ("fd", "task")]
                         seen.add((pid, *counts))  # type: ignore[arg-type]

@@ -442,8 +442,12 @@ def test_scripts_that_cannot_be_run(here):
 
 def test_training_keys_mean_nothing_to_a_script(here):
     write(here, "")
-    mistake(run(here, "train.seed=1", "script.py"), "train.seed=1", "behind its name")
-    mistake(run(here, "--model", "x", "script.py"), "--model", "behind its name")
+    mistake(run(here, "train.seed=1", "script.py"), "train is set", "behind its name")
+    mistake(run(here, "--model", "x", "script.py"), "--model is set", "behind its name")
+    (here / "job.yaml").write_text("train: {max_steps: 3}\ncluster: {nodes: 2}\n")
+    mistake(run(here, "--config", "job.yaml", "script.py"), "train is set")
+    fault = ftlaunch("rehearse", "--fault", "kill-rank:1@step5", "script.py", cwd=here)
+    mistake(fault, "kill-rank:1@20s")
 
 
 def test_the_dry_run_of_a_script(here):
