@@ -73,7 +73,7 @@ class Run:
             ]
         self._wait(lambda: all((folder / f"ready-{rank}").exists() for rank in range(2)), 120)
 
-    def go(self, delay: float = 0.5) -> float:
+    def go(self, delay: float) -> float:
         begun = time.time() + delay
         (self.folder / "going").write_text(str(begun))
         (self.folder / "going").rename(self.folder / "go")
@@ -143,7 +143,8 @@ def measure(side: str, case: str, folder: Path, limit: float) -> float:
             run.launchers[0].kill()
             time.sleep(5)
             return len(run._reap())
-        begun = run.go()
+        # Two failures 20 ms apart need a beginning that both ranks have still before them.
+        begun = run.go(0.5 if case == "blame" else 0.0)
         seconds = run.seconds_until_gone(begun, limit)
         if case != "blame":
             return seconds

@@ -42,9 +42,10 @@ from ftlaunch.cluster.events import (
     Stop,
     Suspend,
     decode_command,
+    encode_command,
     encode_event,
 )
-from ftlaunch.cluster.fork_link import JOB_VARIABLE, ForkLink
+from ftlaunch.cluster.fork_link import JOB_VARIABLE, MAX_SPAWN_BYTES, ForkLink
 from ftlaunch.cluster.fork_server import SERVER_NAME
 from ftlaunch.cluster.linux import (
     adopt_orphans,
@@ -78,6 +79,9 @@ class Agent:
         self._events = events
         self._heartbeat_seconds = heartbeat_seconds
         self._heard_at: float | None = time.monotonic()
+        self._round_at = time.monotonic()
+        self._server_heard_at = 0.0
+        self._server_pinged_at = 0.0
         self._selector = selectors.DefaultSelector()
         self._watch = RankWatch(
             self._selector, self._send, lambda: len(self._unsent) > _MAX_UNSENT_BYTES
@@ -95,6 +99,8 @@ class Agent:
         machine = detect_machine(os.environ)
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self._send(Hello(machine=machine.to_dict(), pid=os.getpid(), boot_id=boot_id))
+        # Not before: a driver may take its time to answer.
+        self._heard_at = self._round_at = time.monotonic()
         self._listen_to(self._commands, self._read_commands)
         try:
             while not self._is_forsaken():
@@ -114,30 +120,37 @@ class Agent:
             self._selector.unregister(descriptor)
 
     def _is_forsaken(self) -> bool:
+        now = time.monotonic()
+        if now - self._round_at > self._heartbeat_seconds * 2 / 3:
+            # This process itself was held up (frozen with all the others, or starved): it cannot
+            # know what was said meanwhile.
+            self._heard_at = now if self._heard_at is not None else None
+            self._server_heard_at = now
+        self._round_at = now
         if self._heard_at is None:
             return False
-        silence = time.monotonic() - self._heard_at
+        silence = now - self._heard_at
         if silence <= self._heartbeat_seconds:
             return False
         print(f"nothing heard of the coordinator for {silence:.1f} s", file=sys.stderr)
         return True
 
-    def _next_timeout(self) -> float | None:
+    def _next_timeout(self) -> float:
         """Seconds until something is to be done without being asked."""
         now = time.monotonic()
         times = []
-        if self._heard_at is not None:
-            times.append(self._heard_at + self._heartbeat_seconds - now + 0.001)
+        times.append(self._heartbeat_seconds / 3)
         if self._kill_by is not None:
             times.append(self._kill_by - now)
         if (due := self._watch.due_at()) is not None:
             times.append(due - now)
-        return max(0.0, min(times)) if times else None
+        return max(0.0, min(times))
 
     def _look_around(self) -> None:
         """What is due by time."""
         now = time.monotonic()
         self._watch.look()
+        self._watch_server(now)
         if self._kill_by is not None and now >= self._kill_by:
             self._kill_by = None
             self._end_server()
@@ -217,13 +230,28 @@ class Agent:
             self._unwatch(self._link.fileno())
             self._link.close()
         self._link = ForkLink.open(self._prepare)
+        self._server_heard_at = time.monotonic()
         self._listen_to(self._link.fileno(), self._read_server)
         return self._link
+
+    def _watch_server(self, now: float) -> None:
+        """A fork server that hangs neither closes its socket nor tells of ended ranks."""
+        if self._link is None:
+            return
+        if now - self._server_pinged_at > self._heartbeat_seconds / 3:
+            self._server_pinged_at = now
+            self._link.send(Ping(time=now))
+        if now - self._server_heard_at > self._heartbeat_seconds and self._kill_by is None:
+            print(f"fork server silent for {now - self._server_heard_at:.1f} s", file=sys.stderr)
+            self._end_server()
 
     def _read_server(self) -> bool:
         assert self._link is not None
         event = self._link.receive()
-        if event is None:
+        self._server_heard_at = time.monotonic()
+        if isinstance(event, Pong):
+            pass
+        elif event is None:
             self._lose_server()
         elif isinstance(event, ServerReady):
             self._link.server_pid = event.pid
@@ -271,7 +299,20 @@ class Agent:
     def _start(self, command: Start) -> None:
         link = self._open_link()
         for start in command.ranks:
-            self._start_rank(link, start)
+            size = len(encode_command(Spawn(rank=start)))
+            if size > MAX_SPAWN_BYTES:
+                raise UserError(
+                    f"the arguments of rank {start.rank} take {size:,} bytes, of which at most "
+                    f"{MAX_SPAWN_BYTES:,} can be handed over. Put them into a file and name that."
+                )
+        for start in command.ranks:
+            try:
+                self._start_rank(link, start)
+            except OSError as error:
+                raise UserError(
+                    f"{start.log_path}: {error.strerror}. The rank's output goes there: make it "
+                    "writable, or choose another folder with --output-dir."
+                ) from None
         self._close_listener()
 
     def _start_rank(self, link: ForkLink, start: RankStart) -> None:

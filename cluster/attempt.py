@@ -33,6 +33,9 @@ from ftlaunch.cluster.verdict import (
 # Failures that arrive together are judged together: the rank that was killed and the one that
 # only lost its connection are a few milliseconds apart, in either order.
 _VERDICT_SECONDS = 0.3
+# As long as nobody has said more than that a connection is lost, the one that is to blame has not
+# been heard: its exit is only told once the process is gone, which a driver may delay.
+_BLAME_SECONDS = 3.0
 _LEAVE_SECONDS = 5.0
 _CAUSES: dict[str, Cause] = {
     "user": "user",
@@ -235,8 +238,6 @@ class Attempt:
         at: float | None = None,
         code: int | None = None,
     ) -> None:
-        if self._judged_at is None:
-            self._judged_at = time.monotonic() + _VERDICT_SECONDS
         self.failures.append(
             Failure(
                 rank=rank,
@@ -250,6 +251,10 @@ class Attempt:
                 code=code,
             )
         )
+        heard = {failure.rank for failure in self.failures}
+        waits = all(map(lost_peer, self.failures)) and not self._running <= heard
+        judged_at = time.monotonic() + (_BLAME_SECONDS if waits else _VERDICT_SECONDS)
+        self._judged_at = min(self._judged_at or judged_at, judged_at)
 
     # -- the end ----------------------------------------------------------------------------
 
@@ -277,6 +282,10 @@ class Attempt:
         stopped = EXIT_STOPPED in self._codes
         if self.failures and not (stopped and all(map(lost_peer, self.failures))):
             verdict = judge(self.failures)
+            if lost_peer(verdict.first) and not self._passes_code:
+                # Nobody's code: the network, or a rank that is stuck in its end.
+                first = replace(verdict.first, cause="lost")
+                verdict = replace(verdict, first=first)
             return Outcome(ending="failed", verdict=verdict, left_behind=self.left_behind)
         return Outcome(
             ending="stopped" if stopped else "done",

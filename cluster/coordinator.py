@@ -20,6 +20,7 @@ from ftlaunch.cluster.events import (
     Bind,
     Bound,
     Event,
+    Exited,
     Hello,
     Kill,
     Killed,
@@ -32,6 +33,7 @@ from ftlaunch.cluster.events import (
     Started,
     Stop,
 )
+from ftlaunch.cluster.linux import Process, read_process
 from ftlaunch.cluster.machine import Machine
 from ftlaunch.cluster.nodes import Nodes
 
@@ -49,7 +51,7 @@ class Coordinator:
     allowance   seconds that may pass without a message of any rank; None: any number. The caller
                 changes it as the work does
     on_tick     called several times a second while ranks run
-    rank_pids, server_pids, agent_pids    for whoever rehearses faults on this machine
+    ranks, servers, agents    the processes of this machine, for whoever rehearses faults
     """
 
     def __init__(
@@ -65,8 +67,8 @@ class Coordinator:
         self._node_of_rank: dict[int, int] = {}
         self.allowance: float | None = None
         self.on_tick: Callable[[], None] = lambda: None
-        self.rank_pids: dict[int, int] = {}
-        self.server_pids: dict[int, int] = {}
+        self.ranks: dict[int, Process | None] = {}
+        self.servers: dict[int, Process | None] = {}
 
     def __enter__(self) -> Coordinator:
         self._nodes.open()
@@ -90,8 +92,10 @@ class Coordinator:
         return self._signals.hurry
 
     @property
-    def agent_pids(self) -> list[int]:
-        return [node.process.pid for node in self._nodes]
+    def agents(self) -> list[Process | None]:
+        return [
+            read_process(node.process.pid) if node.lost is None else None for node in self._nodes
+        ]
 
     @property
     def _grace_seconds(self) -> float:
@@ -139,6 +143,8 @@ class Coordinator:
                 return event.port
             if isinstance(event, Refused):
                 raise (UserError if event.user else JobError)(event.reason)
+        if self.hurried:
+            raise KeyboardInterrupt
         raise JobError("the agent of node 0 did not answer when asked for a port")
 
     def replace_lost(self) -> None:
@@ -153,6 +159,12 @@ class Coordinator:
             self._note(number, event)
             if isinstance(event, Hello):
                 waiting.discard(number)
+        if waiting and not self.hurried:
+            names = ", ".join(self._nodes.names[number] for number in sorted(waiting))
+            raise JobError(
+                f"no answer from the new agent on {names} within {_HELLO_SECONDS:.0f} s; see "
+                f"{self._log_dir}"
+            )
 
     def _agent_lost(self, number: int) -> JobError:
         node = self._nodes[number]
@@ -184,7 +196,7 @@ class Coordinator:
         attempt = Attempt(starts, self._nodes.names, passes_code=forwards_signal)
         self._attempt = attempt
         self._given_up = None
-        self.rank_pids.clear()
+        self.ranks.clear()
         self.hear()
 
         def take(rank: int, payload: Mapping[str, Any]) -> None:
@@ -260,6 +272,9 @@ class Coordinator:
                 waiting.discard(number)
                 if event.survivors:
                     print(f"processes {event.survivors} survive SIGKILL", file=sys.stderr)
+        for number in waiting:
+            if self._nodes[number].lost is None:
+                self._nodes.give_up(number, "did not end its ranks in time")
 
     def _find_out_who(self, attempt: Attempt) -> None:
         """Have every rank say where it is."""
@@ -271,7 +286,9 @@ class Coordinator:
 
     def _note(self, number: int, event: Event) -> None:
         if isinstance(event, Started):
-            self.rank_pids[event.rank] = event.pid
             self._node_of_rank[event.rank] = number
+            self.ranks[event.rank] = read_process(event.pid)
+        elif isinstance(event, Exited):
+            self.ranks.pop(event.rank, None)
         elif isinstance(event, ServerReady):
-            self.server_pids[number] = event.pid
+            self.servers[number] = read_process(event.pid)

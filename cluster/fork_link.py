@@ -20,13 +20,15 @@ from ftlaunch.cluster.events import (
     decode_server_event,
     encode_command,
 )
-from ftlaunch.cluster.fork_server import MAX_MESSAGE_BYTES
+from ftlaunch.cluster.fork_server import MAX_MESSAGE_BYTES, uid_of
 from ftlaunch.cluster.transport import python_command
 from ftlaunch.cluster.verdict import exit_in_words
 
 # In the environment of everything that belongs to one job.
 JOB_VARIABLE = "FTLAUNCH_JOB"
 _CONNECT_SECONDS = 10.0
+# A message to the fork server is one packet, which has to fit into the socket's buffer.
+MAX_SPAWN_BYTES = 160_000
 
 
 class ForkLink:
@@ -69,7 +71,7 @@ class ForkLink:
         """False when the server is gone."""
         try:
             socket.send_fds(self._socket, [encode_command(command)], list(descriptors))
-        except OSError:
+        except ConnectionError:
             return False
         return True
 
@@ -112,11 +114,17 @@ def _socket_name(prepare: Prepare) -> str:
 
 def _connect(name: str) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(_CONNECT_SECONDS)
     try:
         connection.connect(name)
-    except (ConnectionRefusedError, BlockingIOError):
+    except (ConnectionRefusedError, BlockingIOError, TimeoutError):
         connection.close()
         return None
+    if uid_of(connection) != os.getuid():
+        # The name is no secret: anyone on the machine may have taken it.
+        connection.close()
+        raise JobError("another user of this machine holds the socket of the fork server")
+    connection.settimeout(None)
     return connection
 
 

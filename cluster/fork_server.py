@@ -30,6 +30,8 @@ from ftlaunch.cluster.events import (
     Kill,
     Killed,
     Leave,
+    Ping,
+    Pong,
     RankStart,
     Refused,
     ServerReady,
@@ -120,6 +122,8 @@ class ForkServer:
             for connection in list(self._connections):
                 if _has_hung_up(connection.socket):
                     self._close(connection)
+                else:
+                    connection.send(Pong(echo=0.0, time=time.monotonic()))
             if self._is_over():
                 os._exit(0)
 
@@ -184,10 +188,13 @@ class ForkServer:
             except (BlockingIOError, InterruptedError):
                 return
             # The name of the socket is no secret: anyone on the machine may try.
-            if _uid_of(peer) != os.getuid():
+            if uid_of(peer) != os.getuid():
                 peer.close()
                 continue
             peer.setblocking(True)
+            for left in [each for each in self._connections if each.closed]:
+                # Somebody takes its agent's place: the next attempt is not to meet these ranks.
+                self._kill(left)
             connection = _Connection(peer)
             self._connections.append(connection)
             connection.send(ServerReady(pid=os.getpid()))
@@ -219,7 +226,9 @@ class ForkServer:
         command = decode_command(data)
         if isinstance(command, Spawn):
             return self._spawn(connection, command.rank, descriptors)
-        if isinstance(command, Stop):
+        if isinstance(command, Ping):
+            connection.send(Pong(echo=command.time, time=time.monotonic()))
+        elif isinstance(command, Stop):
             self._signal(connection, command.signal)
         elif isinstance(command, Kill):
             self._end(connection, 0.0 if command.at_once else self._grace_seconds)
@@ -268,23 +277,25 @@ class ForkServer:
         """Report every rank that has ended; orphans that were adopted only have to be waited for."""
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                # Not reaped yet: its number is what its session is known by.
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if pid == 0:
+            if ended is None:
                 return
-            for connection in self._connections:
-                if pid in connection.ranks:
-                    self._report(connection, pid, status)
+            pid, now = ended.si_pid, time.monotonic()
+            connection = next((c for c in self._connections if pid in c.ranks), None)
+            left = _end_session(pid) if connection is not None else 0
+            _, status = os.waitpid(pid, 0)
+            if connection is not None:
+                self._report(connection, pid, status, now, left)
 
-    def _report(self, connection: _Connection, pid: int, status: int) -> None:
-        """What the rank left in its session ends with it; what has left that ends with the last rank."""
+    def _report(
+        self, connection: _Connection, pid: int, status: int, now: float, left: int
+    ) -> None:
+        """What the rank left in its session has ended; what has left that ends with the last rank."""
         rank = connection.ranks.pop(pid)
-        now = time.monotonic()
-        table = process_table()
-        left = [p for p in table.values() if p.session == pid and p.is_alive]
-        adopted = self._adopted(table)
-        end_processes(left)
+        adopted = [p for p in self._adopted(process_table()) if p.session != pid]
         if not any(each.ranks for each in self._connections):
             end_processes(adopted)
         by_signal = os.WIFSIGNALED(status)
@@ -294,7 +305,7 @@ class ForkServer:
                 code=None if by_signal else os.WEXITSTATUS(status),
                 signal=os.WTERMSIG(status) if by_signal else None,
                 time=now,
-                left_behind=len({p.pid for p in (*left, *adopted)}),
+                left_behind=left + len(adopted),
             )
         )
         if not connection.ranks and connection.kill_at is not None:
@@ -357,7 +368,14 @@ class ForkServer:
             self._alone_since = time.monotonic()
 
 
-def _uid_of(peer: socket.socket) -> int:
+def _end_session(leader: int) -> int:
+    """End what a rank that has ended left in its session; how many processes that were."""
+    left = [p for p in process_table().values() if p.session == leader and p.is_alive]
+    end_processes(left)
+    return len(left)
+
+
+def uid_of(peer: socket.socket) -> int:
     """The user at the other end of a Unix socket, by the kernel's word."""
     size = struct.calcsize("3i")
     _, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))

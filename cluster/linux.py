@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import os
 import re
 import signal
@@ -13,6 +15,9 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
+# The same on every architecture.
+_NR_PIDFD_SEND_SIGNAL = 424
+_NR_PIDFD_OPEN = 434
 _STATES = {
     "R": "running",
     "S": "sleeping",
@@ -126,19 +131,53 @@ def processes_with(variable: str, value: str) -> Iterator[Process]:
 
 
 def kill_exactly(process: Process, number: int = signal.SIGKILL) -> None:
-    """Send a signal to this very process, never to a later one that was given its number."""
-    try:
-        descriptor = os.pidfd_open(process.pid)
-    except OSError:
-        return
-    try:
-        now = read_process(process.pid)
-        if now is not None and now.started == process.started:
-            signal.pidfd_send_signal(descriptor, number)
-    except ProcessLookupError:
-        pass
-    finally:
-        os.close(descriptor)
+    """Send a signal to this very process, never to a later one that was given its number.
+
+    One that is gone, or that belongs to another user (sudo), is left alone.
+    """
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        try:
+            descriptor = _open_pidfd(process.pid)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EPERM, errno.EINVAL):
+                return
+            # A kernel before 5.3, or a filter of system calls: as exact as it gets.
+            if _is_still(process):
+                os.kill(process.pid, number)
+            return
+        try:
+            if _is_still(process):
+                _signal_pidfd(descriptor, number)
+        finally:
+            os.close(descriptor)
+
+
+def _is_still(process: Process) -> bool:
+    now = read_process(process.pid)
+    return now is not None and now.started == process.started
+
+
+def _open_pidfd(pid: int) -> int:
+    """`os.pidfd_open`, which Pythons that were built on an old system lack."""
+    if hasattr(os, "pidfd_open"):
+        return os.pidfd_open(pid)
+    return _system_call(_NR_PIDFD_OPEN, pid, 0)
+
+
+def _signal_pidfd(descriptor: int, number: int) -> None:
+    if hasattr(signal, "pidfd_send_signal"):
+        signal.pidfd_send_signal(descriptor, number)
+    else:
+        _system_call(_NR_PIDFD_SEND_SIGNAL, descriptor, number, 0, 0)
+
+
+def _system_call(*arguments: int) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    result = int(libc.syscall(*(ctypes.c_long(argument) for argument in arguments)))
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return result
 
 
 def state_in_words(pid: int) -> str:

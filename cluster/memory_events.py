@@ -47,8 +47,9 @@ def killed_for_memory(pid: int, before: MemoryKills) -> str:
     now = count_memory_kills()
     if _rose(before.cgroup, now.cgroup):
         return f"the memory limit{_limit_in_words()} of its control group was reached"
-    # Another job's process may have been meant: it is said as what it is, a coincidence in time.
-    if _rose(before.machine, now.machine):
+    # A control group counts its own victims whoever the killer was after; only where there is none:
+    # another job's process may have been meant, so it is said as what it is, a coincidence in time.
+    if now.cgroup is None and _rose(before.machine, now.machine):
         return "the kernel killed for want of memory on this machine at that time"
     return ""
 

@@ -6,6 +6,7 @@ import os
 import secrets
 import selectors
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -35,7 +36,9 @@ class Nodes:
         self._selector = selectors.DefaultSelector()
         self._nodes: list[Node] = []
         self._log_dir = log_dir
-        self._pinged_at = 0.0
+        self._polled_at = time.monotonic()
+        self._pinger = threading.Thread(target=self._ping, daemon=True, name="pings")
+        self._closing = threading.Event()
         self._job = secrets.token_hex(8)
 
     def __getitem__(self, number: int) -> Node:
@@ -52,12 +55,15 @@ class Nodes:
         self._selector.register(self.signals.descriptor, selectors.EVENT_READ, None)
         for number in range(len(self)):
             self._nodes.append(self._start(number))
+        self._pinger.start()
 
     def close(self, *, grace_seconds: float) -> None:
         """Every agent has left, or is made to; nothing of the job is left on this machine.
 
         grace_seconds   that ranks which are still there are given by their fork server
         """
+        self._closing.set()
+        self._pinger.join()
         for node in self._nodes:
             node.hang_up()
         deadline = time.monotonic() + grace_seconds + _LEAVE_SECONDS
@@ -108,7 +114,7 @@ class Nodes:
 
     def poll(self, seconds: float) -> list[tuple[int, Event | None]]:
         """(node, event) of what has come within `seconds`; (node, None) once its agent is lost."""
-        self._keep_in_touch()
+        self._obey_suspend()
         arrived: list[tuple[int, Event | None]] = []
         for key, _ in self._selector.select(seconds):
             if key.data is None:
@@ -138,32 +144,40 @@ class Nodes:
             if self.signals.hurry:
                 return
 
-    def _keep_in_touch(self) -> None:
-        """Pings in time; and Ctrl-Z, which stops this process and not the job."""
+    def _ping(self) -> None:
+        """The pinger's thread: a terminal or a file system that blocks the others is no silence."""
+        while not self._closing.wait(self.heartbeat_seconds / _PINGS):
+            self.tell(Ping(time=time.monotonic()))
+
+    def _obey_suspend(self) -> None:
+        """Ctrl-Z stops this process and not the job."""
         if self.signals.suspend:
             self.signals.suspend = False
             self.tell(Suspend())
             os.kill(os.getpid(), signal.SIGSTOP)
-            self._pinged_at = 0.0
-            for node in self._nodes:
-                node.heard_at = time.monotonic()
-        now = time.monotonic()
-        if now - self._pinged_at > self.heartbeat_seconds / _PINGS:
-            self._pinged_at = now
-            self.tell(Ping(time=now))
+            self.tell(Ping(time=time.monotonic()))
 
     def _fallen_silent(self) -> list[int]:
-        limit = time.monotonic() - self.heartbeat_seconds
+        now = time.monotonic()
+        if now - self._polled_at > self.heartbeat_seconds / _PINGS:
+            # It was this process that was held up; what was said meanwhile has not been read yet.
+            for node in self._nodes:
+                node.heard_at = now
+        self._polled_at = now
+        limit = now - self.heartbeat_seconds
         silent = [
             number
             for number, node in enumerate(self._nodes)
             if node.greeted and node.lost is None and node.heard_at < limit
         ]
         for number in silent:
-            self._lose(number, f"silent for {self.heartbeat_seconds:.0f} s")
-            # Its fork server, if that still runs, ends the ranks.
-            self._nodes[number].process.kill()
+            self.give_up(number, f"silent for {self.heartbeat_seconds:.0f} s")
         return silent
+
+    def give_up(self, number: int, how: str) -> None:
+        """Take an agent that does not answer for lost; its fork server ends its ranks."""
+        self._lose(number, how)
+        self._nodes[number].process.kill()
 
     def _lose(self, number: int, how: str) -> None:
         self._nodes[number].lost = how

@@ -22,14 +22,22 @@ from ftlaunch.cluster.events import (
     Stack,
     Started,
 )
-from ftlaunch.cluster.linux import handles_signal, state_in_words
+from ftlaunch.cluster.linux import (
+    Process,
+    handles_signal,
+    kill_exactly,
+    read_process,
+    state_in_words,
+)
 from ftlaunch.cluster.log_tail import LogTail
-from ftlaunch.cluster.memory_events import MemoryKills, count_memory_kills, killed_for_memory
+from ftlaunch.cluster.memory_events import count_memory_kills, killed_for_memory
 from ftlaunch.cluster.stacks import MAX_STACK_BYTES, STACK_SIGNAL
 
 _READ_BYTES = 1 << 16
 _TAIL_SECONDS = 0.1
 _STACK_SECONDS = 1.0
+# What the kernel has killed before is not this job's; rarely enough to cost nothing.
+_COUNT_SECONDS = 4.0
 
 
 @dataclass(slots=True)
@@ -39,8 +47,7 @@ class _Rank:
     start: RankStart
     pipe: int | None
     tail: LogTail | None
-    memory_kills: MemoryKills
-    pid: int | None = None
+    process: Process | None = None
     lines: LineBuffer = field(default_factory=LineBuffer)
 
 
@@ -64,6 +71,7 @@ class RankWatch:
         # Where each rank's log ended when stacks were asked for, and when to look for them.
         self._asked: dict[int, int] = {}
         self._look_at: float | None = None
+        self._memory_kills = count_memory_kills()
 
     def add(self, start: RankStart) -> tuple[int, int]:
         """Make a rank's log and pipe: the descriptors to be handed to it and closed. OSError."""
@@ -71,14 +79,14 @@ class RankWatch:
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
         tail = LogTail(start.log_path) if start.shows_output else None
-        rank = _Rank(start, reading, tail, count_memory_kills())
+        rank = _Rank(start, reading, tail)
         self._ranks[start.rank] = rank
         self._selector.register(reading, selectors.EVENT_READ, lambda: self._hear(rank))
         return log, writing
 
     def started(self, event: Started) -> None:
         if event.rank in self._ranks:
-            self._ranks[event.rank].pid = event.pid
+            self._ranks[event.rank].process = read_process(event.pid)
 
     def exited(self, event: Exited) -> Exited:
         """What is to be told of an exit, after everything that the rank had still said."""
@@ -86,9 +94,10 @@ class RankWatch:
         if rank is None:
             return event
         self._forget(rank)
-        if event.signal != signal.SIGKILL or rank.pid is None:
+        if event.signal != signal.SIGKILL or rank.process is None:
             return event
-        return replace(event, out_of_memory=killed_for_memory(rank.pid, rank.memory_kills))
+        reason = killed_for_memory(rank.process.pid, self._memory_kills)
+        return replace(event, out_of_memory=reason)
 
     def forget_all(self) -> None:
         """The ranks are gone: send on what they had still said."""
@@ -106,6 +115,8 @@ class RankWatch:
         """Send on what was printed, and the stacks that were asked for."""
         for rank in self._ranks.values():
             self._show_output(rank)
+        if time.monotonic() - self._memory_kills.time > _COUNT_SECONDS:
+            self._memory_kills = count_memory_kills()
         if self._look_at is not None and time.monotonic() >= self._look_at:
             self._look_at = None
             self._report_stacks()
@@ -149,7 +160,7 @@ class RankWatch:
 
     def _show_output(self, rank: _Rank, *, to_the_end: bool = False) -> bool:
         """Send on what a rank has written since; False when there was nothing."""
-        if rank.tail is None or self._is_full():
+        if rank.tail is None or (self._is_full() and not to_the_end):
             return False
         text = rank.tail.read(to_the_end=to_the_end)
         if text:
@@ -175,14 +186,15 @@ class RankWatch:
         for number, rank in self._ranks.items():
             with contextlib.suppress(OSError):
                 self._asked[number] = Path(rank.start.log_path).stat().st_size
-                if rank.pid is not None and handles_signal(rank.pid, STACK_SIGNAL):
-                    os.kill(rank.pid, STACK_SIGNAL)
+                process = rank.process
+                if process is not None and handles_signal(process.pid, STACK_SIGNAL):
+                    kill_exactly(process, STACK_SIGNAL)
         self._look_at = time.monotonic() + _STACK_SECONDS
 
     def _report_stacks(self) -> None:
         for number, offset in self._asked.items():
             rank = self._ranks.get(number)
-            if rank is None or rank.pid is None:
+            if rank is None or rank.process is None:
                 continue
             text = ""
             with contextlib.suppress(OSError), open(rank.start.log_path, "rb") as log:
@@ -190,4 +202,4 @@ class RankWatch:
                 text = log.read(MAX_STACK_BYTES).decode(errors="replace")
             if "(most recent call first)" not in text:
                 text = ""
-            self._send(Stack(rank=number, text=text, state=state_in_words(rank.pid)))
+            self._send(Stack(rank=number, text=text, state=state_in_words(rank.process.pid)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ class Node:
     greeted: bool = False
     lost: str | None = None
     heard_at: float = 0.0
+    _sending: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def events(self) -> IO[bytes]:
@@ -68,8 +70,9 @@ class Node:
         """False when the agent is gone; its end of file tells the rest."""
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(encode_command(command))
-            self.process.stdin.flush()
+            with self._sending:
+                self.process.stdin.write(encode_command(command))
+                self.process.stdin.flush()
         except (BrokenPipeError, ValueError):
             return False
         return True

@@ -177,6 +177,7 @@ class _Job:
             coordinator.prepare(preparation(self._plan([self._machine] * cluster.nodes)))
             machines = coordinator.machines()
             if coordinator.stop_requested:
+                self._console.say("stopped before anything was started")
                 return EXIT_INTERRUPTED if coordinator.hurried else EXIT_STOPPED
             plan = self._plan(machines)
             coordinator.prepare(preparation(plan))
@@ -242,11 +243,15 @@ class _Job:
             on_output=lambda rank, text: self._console.output(
                 text, output_label(plan.cluster, plan.hosts, rank)
             ),
-            on_stop=lambda: self._console.say(
-                "stopping: a checkpoint is written at the next step (Ctrl-C again ends at once)"
-            ),
+            on_stop=self._say_stopping,
             stop_seconds=plan.cluster.stop_timeout_seconds,
         )
+
+    def _say_stopping(self) -> None:
+        what = "stopping"
+        if self._mode == "train" and self._record.progressed:
+            what += ": a checkpoint is written at the next step"
+        self._console.say(f"{what} (Ctrl-C again ends at once)")
 
     def _allow(self, coordinator: Coordinator, phase: str) -> None:
         """How long the ranks may now be silent."""

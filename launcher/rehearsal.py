@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ftlaunch.cluster.errors import UserError
-from ftlaunch.cluster.linux import kill_exactly, read_process
+from ftlaunch.cluster.linux import Process, kill_exactly, read_process
 from ftlaunch.launcher.attempts import Timeline
 
 # What each fault does, for the help and for the error message.
@@ -48,11 +48,11 @@ class Fault:
 class Processes(Protocol):
     """Where the processes of a job are: what the coordinator knows."""
 
-    rank_pids: dict[int, int]
-    server_pids: dict[int, int]
+    ranks: dict[int, Process | None]
+    servers: dict[int, Process | None]
 
     @property
-    def agent_pids(self) -> list[int]: ...
+    def agents(self) -> list[Process | None]: ...
 
     def ranks_of(self, node: int) -> list[int]: ...
 
@@ -131,29 +131,26 @@ def check_faults(
 
 
 def _do(fault: Fault, processes: Processes) -> bool:
-    """False when the process is not there yet."""
-    pids, number = _victims(fault, processes)
-    found = [process for pid in pids if (process := read_process(pid)) is not None]
+    """False when the process is not there (yet)."""
+    victims, number = _victims(fault, processes)
+    found = [process for process in victims if process is not None]
     for process in found:
         kill_exactly(process, number)
     return bool(found)
 
 
-def _victims(fault: Fault, processes: Processes) -> tuple[list[int], int]:
+def _victims(fault: Fault, processes: Processes) -> tuple[list[Process | None], int]:
     kind, target = fault.kind, fault.target
-    rank = [processes.rank_pids[target]] if target in processes.rank_pids else []
     if kind in ("kill-rank", "stop-rank", "crash-rank"):
         signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "crash": signal.SIGSEGV}
-        return rank, signals[kind.partition("-")[0]]
+        return [processes.ranks.get(target)], signals[kind.partition("-")[0]]
     if kind == "kill-agent":
-        return [processes.agent_pids[target]], signal.SIGKILL
+        return [processes.agents[target]], signal.SIGKILL
     if kind == "kill-fork-server":
-        return [
-            processes.server_pids[target]
-        ] if target in processes.server_pids else [], signal.SIGKILL
+        return [processes.servers.get(target)], signal.SIGKILL
     if kind == "hang-node":
         # The agent first: it must not live to tell what becomes of its ranks.
-        ranks = [processes.rank_pids[r] for r in processes.ranks_of(target)]
-        return [processes.agent_pids[target], *ranks], signal.SIGSTOP
+        ranks = [processes.ranks.get(rank) for rank in processes.ranks_of(target)]
+        return [processes.agents[target], *ranks], signal.SIGSTOP
     number = signal.SIGINT if kind == "interrupt" else signal.SIGTERM
-    return [os.getpid()], number
+    return [read_process(os.getpid())], number

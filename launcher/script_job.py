@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -112,7 +113,7 @@ class _ScriptJob:
         self._restarts = 0
         self._uneven_since: float | None = None
         self._told_uneven = False
-        self._log_bytes = 0
+        self._log_bytes = -1
 
     def run(self) -> int:
         plan = self._plan
@@ -124,6 +125,7 @@ class _ScriptJob:
             coordinator.prepare(preparation(plan, os.environ))
             coordinator.machines()
             if coordinator.stop_requested:
+                self._console.say("stopped before the script was started")
                 return EXIT_INTERRUPTED
             write_json(self._folder / "plan.json", plan.to_json())
             self._console.plan(plan.describe())
@@ -153,6 +155,8 @@ class _ScriptJob:
         coordinator.allowance = None
         coordinator.on_tick = lambda: self._tick(coordinator)
         self._uneven_since = None
+        self._told_uneven = False
+        self._log_bytes = -1
         self._timeline.add(f"{plan.world_size} ranks start")
         return coordinator.run(
             script_starts(plan, port, self._folder, restart=self._restarts),
@@ -174,17 +178,25 @@ class _ScriptJob:
         now = time.monotonic()
         self._uneven_since = self._uneven_since or now
         coordinator.allowance = self._plan.cluster.stall_timeout_seconds or None
-        size = sum(path.stat().st_size for path in (self._folder / "logs").glob("rank-*.log"))
+        size = self._bytes_of_logs()
         if size != self._log_bytes:
             self._log_bytes = size
             coordinator.hear()
-        if now - self._uneven_since > _UNEVEN_SECONDS and not self._told_uneven:
+        late = now - self._uneven_since > _UNEVEN_SECONDS
+        if late and not self._told_uneven and not coordinator.stop_requested:
             self._told_uneven = True
             ended = sorted(set(range(self._plan.world_size)) - running)
             self._console.warn(
                 f"{ranks_in_words(ended)} ended with exit code 0 {now - self._uneven_since:.0f} s "
                 f"ago; {ranks_in_words(sorted(running))} still going"
             )
+
+    def _bytes_of_logs(self) -> int:
+        size = 0
+        for path in (self._folder / "logs").glob("rank-*.log"):
+            with contextlib.suppress(FileNotFoundError):
+                size += path.stat().st_size
+        return size
 
     # -- the end ----------------------------------------------------------------------------
 

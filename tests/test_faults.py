@@ -357,6 +357,20 @@ def test_a_coordinator_that_hangs_is_left(inputs, tmp_path):
     assert_no_process_left(out)
 
 
+def test_a_fork_server_that_hangs_is_ended(inputs, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    with start(*inputs.command(out, "cluster.heartbeat_timeout_seconds=2")) as process:
+        wait_for_step(process, out, 12)
+        (server,) = [pid for pid in processes_of(out) if _name(pid) == SERVER_NAME]
+        # Its ranks go on without it: what it cannot tell is that one has ended.
+        os.kill(server, signal.SIGSTOP)
+        result = finish(process, 120)
+    assert result.returncode == 0, said(result)
+    assert "the fork server on node" in result.stdout
+    assert_same_training(metrics_of(out), undisturbed)
+    assert_no_process_left(out)
+
+
 def test_ctrl_z_suspends_the_command_and_not_the_job(inputs, tmp_path):
     out = tmp_path / "out"
     command = inputs.endless(out, "cluster.heartbeat_timeout_seconds=1")

@@ -416,6 +416,39 @@ def test_what_a_script_leaves_behind_is_ended_and_told(here):
     assert "1 process(es) that the script had started outlived their rank" in said(result)
 
 
+def test_a_terminal_that_blocks_is_not_the_end(here):
+    """As under `| less`: nobody reads for longer than the heartbeats may be silent."""
+    script = """
+        import time
+        for number in range(3000):
+            print("x" * 100)
+        time.sleep(4)
+        print("the end")
+    """
+    write(here, script)
+    out = here.parent / "out"
+    command = ["--nodes", 2, "-o", out, "cluster.heartbeat_timeout_seconds=1", "script.py"]
+    with start(*command, cwd=here, command=SCRIPT) as process:
+        time.sleep(5)
+        result = finish(process, 30)
+    assert result.returncode == 0, said(result)[-1000:]
+    assert "the end" in result.stdout
+    assert "restart" not in result.stdout
+
+
+def test_names_that_are_no_utf8_reach_the_script_and_the_verdict(here):
+    script = """
+        import sys
+        assert sys.argv[1] == "caf\\udce9"
+        raise ValueError(sys.argv[1])
+    """
+    write(here, script)
+    result = run(here, "script.py", b"caf\xe9".decode(errors="surrogateescape"), nodes=1)
+    assert result.returncode == 1
+    assert "rank 0 on node0 failed: ValueError: caf" in said(result)
+    assert "caf\udce9" in summary_of(here.parent / "out")["failure"]["title"]
+
+
 # -- mistakes -----------------------------------------------------------------------------------
 
 
@@ -473,6 +506,21 @@ def test_a_training_jobs_folder_is_not_a_scripts(here):
     (out / "metrics.jsonl").write_text("")
     write(here, "")
     mistake(run(here, "script.py"), "holds a training job", "--output-dir")
+
+
+def test_more_arguments_than_can_be_handed_over(here):
+    write(here, "")
+    command = [*SCRIPT, "-o", str(here.parent / "out"), "script.py", *["x" * 100] * 2000]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=60)
+    mistake(done, "bytes", "Put them into a file")
+
+
+def test_a_log_that_cannot_be_written(here):
+    write(here, "")
+    folder = here.parent / "out" / "logs" / "rank-00000.log"
+    folder.mkdir(parents=True)
+    (here.parent / "out" / ".ftlaunch").touch()
+    mistake(run(here, "script.py", nodes=1), "rank-00000.log: Is a directory", "--output-dir")
 
 
 def test_a_limit_of_64_descriptors(here):

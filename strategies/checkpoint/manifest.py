@@ -156,4 +156,5 @@ def write_json(path: Path, content: Any) -> None:
     """The name holds all of it or what was there before."""
     with replace_file(path) as file:
         text = json.dumps(content, indent=2, ensure_ascii=False)
-        file.write(text.encode() + b"\n")
+        # A lone surrogate (a file name that is no UTF-8) becomes its escape, which reads back the same.
+        file.write(text.encode(errors="backslashreplace") + b"\n")
