@@ -6,13 +6,10 @@ Weights, gradients and moments are fp32 whatever the precision; bf16 and fp16 ar
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
 import inspect
-import logging
 import os
 import re
-import resource
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from torch._C._distributed_c10d import TCPStore
 from torch.nn.parallel import DistributedDataParallel
 
 from ftlaunch.strategies.base import (
@@ -33,47 +29,28 @@ from ftlaunch.strategies.base import (
     TensorSlice,
 )
 from ftlaunch.strategies.loss_scale import LossScaler
+from ftlaunch.strategies.torch.forward import DTYPES, Forward
+from ftlaunch.strategies.torch.group import (
+    join_process_group,
+    leave_process_group,
+    peak_memory_bytes,
+    sum_across_ranks,
+    use_device,
+)
 from ftlaunch.strategies.torch.losses import LOSSES
 from ftlaunch.strategies.torch.model import load_model, save_model
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Process groups that are no longer used, and what refers to them; they end with the process.
-_LEFT: list[Any] = []
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def create(request: StrategyRequest) -> TorchDataParallel:
     """Collective: join the process group and load the model. UserError when it cannot be had."""
-    torch.set_num_threads(request.num_threads)
-    device = torch.device("cpu")
-    if request.accelerator == "cuda":
-        device = torch.device("cuda", request.world.local_rank)
-        torch.cuda.set_device(device)
+    device = use_device(request)
     # The model first: a mistake in it is told before anyone waits for the others.
     model = load_model(request)
     if request.world.size > 1:
         join_process_group(request, device)
     return TorchDataParallel(request, model.to(device), device)
-
-
-def join_process_group(request: StrategyRequest, device: torch.device) -> None:
-    """Collective: meet at the store that rank 0 hosts on the socket its agent has held for it."""
-    world = request.world
-    timeout = datetime.timedelta(seconds=request.timeout_seconds)
-    hosts = world.is_main
-    store = TCPStore(
-        world.master_address,
-        world.master_port,
-        world.size,
-        is_master=hosts,
-        timeout=timeout,
-        wait_for_workers=False,
-        master_listen_fd=request.listen_fd if hosts else None,
-    )
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(
-        backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout
-    )
 
 
 class TorchDataParallel:
@@ -85,8 +62,9 @@ class TorchDataParallel:
         self.model = model
         self.device = device
         self._wrapped: Any = None
-        self._loss_sum = LOSSES[request.loss]
-        self._precision = request.precision
+        self._forward = Forward(
+            device=device, autocast=request.precision, loss=LOSSES[request.loss]
+        )
         self._max_grad_norm = train.max_grad_norm
         self._scaler = LossScaler(
             initial=train.initial_loss_scale,
@@ -116,11 +94,11 @@ class TorchDataParallel:
     def accumulate(self, batch: Batch, total_items: float, *, last: bool) -> None:
         if self._wrapped is None:
             self._wrapped = self._wrap(batch)
-        self._set_training(True)
+        self._forward.set_training(self.model, True)
         alone = not isinstance(self._wrapped, DistributedDataParallel)
         quiet = contextlib.nullcontext() if last or alone else self._wrapped.no_sync()
         with quiet:
-            loss_sum = self._forward_loss(self._wrapped, batch)
+            loss_sum = self._forward.loss_sum(self._wrapped, batch)
             # DDP averages over ranks, so each contributes W times its share of the global mean.
             factor = self.world.size * self._scaler.scale / total_items
             torch.autograd.backward(loss_sum * factor)
@@ -184,8 +162,8 @@ class TorchDataParallel:
         """
         if self.world.size == 1:
             return self.model
-        self._set_training(True)
-        torch.autograd.backward(self._forward_loss(self.model, batch))
+        self._forward.set_training(self.model, True)
+        torch.autograd.backward(self._forward.loss_sum(self.model, batch))
         unused = any(p.grad is None for _, p in self._named)
         self._optimizer.zero_grad(set_to_none=True)
         device_ids = [self.device.index] if self.device.type == "cuda" else None
@@ -197,68 +175,19 @@ class TorchDataParallel:
         }
         return DistributedDataParallel(self.model, **arguments)
 
-    # -- forward ----------------------------------------------------------------------------
-
-    def _forward_loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        torch.manual_seed(batch.seed)
-        logits = self._logits(model, batch)
-        labels = torch.from_numpy(batch.labels).to(self.device, non_blocking=True)
-        weights = torch.from_numpy(batch.weights).to(self.device, non_blocking=True)
-        return self._loss_sum(logits, labels, weights)
-
-    def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
-        inputs = {
-            name: torch.from_numpy(values).to(self.device, non_blocking=True)
-            for name, values in batch.inputs.items()
-        }
-        with self._autocast():
-            logits: torch.Tensor = model(**inputs).logits
-        return logits
-
-    @contextlib.contextmanager
-    def _autocast(self) -> Iterator[None]:
-        if self._precision == "fp32":
-            yield
-            return
-        with torch.autocast(self.device.type, dtype=_DTYPES[self._precision]):
-            yield
+    # -- forward and ranks ------------------------------------------------------------------
 
     def predict(self, batch: Batch) -> NDArray[np.float32]:
-        self._set_training(False)
-        with torch.inference_mode():
-            logits = self._logits(self.model, batch)
-        return logits.float().cpu().numpy()
-
-    def _set_training(self, training: bool) -> None:
-        if self.model.training != training:
-            self.model.train(training)
-
-    # -- ranks ------------------------------------------------------------------------------
+        return self._forward.predict(self.model, batch)
 
     def sum_across_ranks(self, values: NDArray[Any]) -> NDArray[Any]:
-        if self.world.size == 1:
-            return values
-        tensor = torch.from_numpy(np.array(values))
-        dist.all_reduce(tensor)
-        return tensor.numpy()
+        return sum_across_ranks(self.world, values)
 
     def peak_memory_bytes(self) -> int:
-        if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.device))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_memory_bytes(self.device)
 
     def close(self) -> None:
-        """The group is left, not destroyed: ~ProcessGroupGloo joins its threads while it holds the
-        GIL, and a thread that wants the GIL to drop its last tensor then waits for ever (torch 2.13).
-        """
-        if not dist.is_initialized():
-            return
-        _LEFT.append((self._wrapped, dist.group.WORLD))
-        try:
-            dist.barrier()
-        except RuntimeError as error:
-            # All work is done: a peer that left first does not make the job a failed one.
-            logging.getLogger(__name__).info("leaving the process group: %s", error)
+        leave_process_group(self._wrapped)
 
     # -- state ------------------------------------------------------------------------------
 
@@ -332,7 +261,7 @@ class TorchDataParallel:
         if self.world.is_main:
             Path(folder).mkdir(parents=True, exist_ok=True)
             try:
-                save_model(self.model, folder, dtype=_DTYPES[dtype])
+                save_model(self.model, folder, dtype=DTYPES[dtype])
             except SafetensorError as error:
                 # It wraps what the system says, as text.
                 number = re.search(r"os error (\d+)", str(error))

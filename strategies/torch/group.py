@@ -1,0 +1,80 @@
+"""The ranks of a torch job: their device, their process group, what they share."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import resource
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch._C._distributed_c10d import TCPStore
+
+from ftlaunch.cluster.world import World
+from ftlaunch.strategies.base import StrategyRequest
+
+# Process groups that are no longer used, and what refers to them; they end with the process.
+_LEFT: list[Any] = []
+
+
+def use_device(request: StrategyRequest) -> torch.device:
+    """This rank's device, made the current one."""
+    torch.set_num_threads(request.num_threads)
+    if request.accelerator != "cuda":
+        return torch.device("cpu")
+    device = torch.device("cuda", request.world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def join_process_group(request: StrategyRequest, device: torch.device) -> None:
+    """Collective: meet at the store that rank 0 hosts on the socket its agent has held for it."""
+    world = request.world
+    timeout = datetime.timedelta(seconds=request.timeout_seconds)
+    hosts = world.is_main
+    store = TCPStore(
+        world.master_address,
+        world.master_port,
+        world.size,
+        is_master=hosts,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=request.listen_fd if hosts else None,
+    )
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(
+        backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout
+    )
+
+
+def sum_across_ranks(world: World, values: NDArray[Any]) -> NDArray[Any]:
+    """Collective: elementwise sum, in the dtype given."""
+    if world.size == 1:
+        return values
+    tensor = torch.from_numpy(np.array(values))
+    dist.all_reduce(tensor)
+    return tensor.numpy()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def leave_process_group(*kept: Any) -> None:
+    """Collective. The group is left, not destroyed: ~ProcessGroupGloo joins its threads while it
+    holds the GIL, and a thread that wants the GIL to drop its last tensor then waits for ever
+    (torch 2.13). What refers to it is kept, too.
+    """
+    if not dist.is_initialized():
+        return
+    _LEFT.append((kept, dist.group.WORLD))
+    try:
+        dist.barrier()
+    except RuntimeError as error:
+        # All work is done: a peer that left first does not make the job a failed one.
+        logging.getLogger(__name__).info("leaving the process group: %s", error)
