@@ -24,7 +24,7 @@ from ftlaunch.cluster.errors import UserError
 
 Accelerator = Literal["cuda", "ascend", "cpu"]
 
-_DISTRIBUTIONS = ("ftlaunch", "torch", "transformers", "datasets", "mindspore")
+_DISTRIBUTIONS = ("ftlaunch", "torch", "deepspeed", "transformers", "datasets", "mindspore")
 _PACKAGES = ("cluster", "launcher", "strategies")
 
 

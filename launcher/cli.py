@@ -112,7 +112,7 @@ def _add_shared_flags(parser: argparse.ArgumentParser, *, model: bool = True) ->
     add("--devices", type=int, metavar="N", help="ranks on each node (default: every accelerator)")
     add("--cluster", choices=("local", "ssh", "slurm", "auto"), help="where the nodes are")
     add("--hostfile", metavar="FILE", help="hosts to use over ssh")
-    add("--strategy", metavar="NAME", help="ddp (default: chosen by the plan)")
+    add("--strategy", metavar="NAME", help="ddp, zero1, zero2 or zero3 (default: ddp)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the computation")
     add("--task", metavar="NAME", help="text-classification")
     if model:

@@ -90,7 +90,7 @@ def make_plan(
     accelerator, world_size = layout.accelerator, layout.world_size
     strategy = _strategy(config, accelerator, reasons)
     _check_packages(strategy, machines)
-    precision = _precision(config, machines, accelerator, reasons)
+    precision = _precision(config, machines, accelerator, strategy, reasons)
     _batch_fits(config, world_size, mode)
     micro_batch, accumulation = _micro_batch(config, world_size, accelerator)
     eval_micro_batch = config.train.per_device_eval_batch_size or _EVAL_FACTOR * micro_batch
@@ -153,8 +153,17 @@ def _check_packages(strategy: str, machines: Sequence[Machine]) -> None:
 
 
 def _precision(
-    config: RunConfig, machines: Sequence[Machine], accelerator: str, reasons: list[Reason]
+    config: RunConfig,
+    machines: Sequence[Machine],
+    accelerator: str,
+    strategy: str,
+    reasons: list[Reason],
 ) -> Precision:
+    if config.precision == "fp16" and not entry(strategy).runs("fp16", accelerator):
+        raise UserError(
+            f"--precision fp16 with --strategy {strategy} needs a GPU: DeepSpeed has no fp16 on "
+            "CPUs. Use --precision fp32 or bf16, or --strategy ddp."
+        )
     if config.precision != "auto":
         reasons.append(Reason(choice="precision", value=config.precision, why="as asked for"))
         return config.precision

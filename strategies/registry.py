@@ -17,14 +17,21 @@ class StrategyEntry:
     implementation   "module:function"; the function takes a `StrategyRequest` and returns a Strategy
     package          what has to be installed
     preload          modules that a process imports before it forks ranks: all that they will need
+    fp16_on          accelerators on which it computes in fp16
     """
 
     implementation: str
     package: str
     accelerators: tuple[str, ...]
     preload: tuple[str, ...]
+    fp16_on: tuple[str, ...]
+
+    def runs(self, precision: str, accelerator: str) -> bool:
+        """Whether the precision can be had on that accelerator."""
+        return precision != "fp16" or accelerator in self.fp16_on
 
 
+_ZERO = "ftlaunch.strategies.torch.zero"
 STRATEGIES: dict[str, StrategyEntry] = {
     "ddp": StrategyEntry(
         implementation="ftlaunch.strategies.torch.ddp:create",
@@ -36,7 +43,19 @@ STRATEGIES: dict[str, StrategyEntry] = {
             # alone takes two seconds.
             "torch._dynamo",
         ),
+        fp16_on=("cpu", "cuda"),
     ),
+    **{
+        f"zero{stage}": StrategyEntry(
+            implementation=f"{_ZERO}:create_zero{stage}",
+            package="deepspeed",
+            accelerators=("cpu", "cuda"),
+            # DeepSpeed itself looks for accelerators when it is imported: the ranks do that.
+            preload=(_ZERO, "torch._dynamo"),
+            fp16_on=("cuda",),
+        )
+        for stage in (1, 2, 3)
+    },
 }
 
 

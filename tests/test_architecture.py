@@ -24,7 +24,7 @@ FRAMEWORKS = {
     "torchvision": None,
     "mindspore": None,
     "mindone": None,
-    "deepspeed": None,
+    "deepspeed": "strategies/torch",
 }
 
 TREES = {source: ast.parse((ROOT / source).read_text(encoding="utf-8")) for source in SOURCES}

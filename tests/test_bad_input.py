@@ -114,6 +114,11 @@ def assert_mistake(result: subprocess.CompletedProcess[str], *words: str) -> Non
             id="unknown strategy",
         ),
         pytest.param(
+            ["--strategy", "zero2", "--precision", "fp16"],
+            ["--precision fp16 with --strategy zero2 needs a GPU", "fp32 or bf16"],
+            id="fp16 under ZeRO on a CPU",
+        ),
+        pytest.param(
             ["--task", "text-clasification"],
             ["'text-clasification'", "text-classification"],
             id="unknown task",

@@ -1,0 +1,226 @@
+"""ZeRO stages 1, 2 and 3 through DeepSpeed: optimizer state, gradients and weights in W parts.
+
+DeepSpeed partitions, reduces, clips and steps; the loss, its normalisation, the schedule and the
+checkpoints are ours. Under bf16 and fp16 the weights that compute are of that dtype, with fp32
+masters in the optimizer. Where DeepSpeed keeps what is in `strategies.torch.zero_state`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from ftlaunch.strategies.base import (
+    Batch,
+    StateReader,
+    StepOutcome,
+    StrategyRequest,
+    TensorSlice,
+)
+from ftlaunch.strategies.torch.forward import DTYPES, Forward
+from ftlaunch.strategies.torch.group import (
+    join_process_group,
+    leave_process_group,
+    peak_memory_bytes,
+    sum_across_ranks,
+    use_device,
+)
+from ftlaunch.strategies.torch.losses import LOSSES
+from ftlaunch.strategies.torch.model import load_model, save_model
+from ftlaunch.strategies.torch.zero_state import ZeroState
+
+
+def create_zero1(request: StrategyRequest) -> TorchZero:
+    """Collective. UserError when the model cannot be had."""
+    return _create(request, 1)
+
+
+def create_zero2(request: StrategyRequest) -> TorchZero:
+    """Collective. UserError when the model cannot be had."""
+    return _create(request, 2)
+
+
+def create_zero3(request: StrategyRequest) -> TorchZero:
+    """Collective. UserError when the model cannot be had."""
+    return _create(request, 3)
+
+
+def _create(request: StrategyRequest, stage: int) -> TorchZero:
+    device = use_device(request)
+    # It looks for an accelerator at its import, and takes what it is told.
+    os.environ["DS_ACCELERATOR"] = request.accelerator
+    os.environ["LOCAL_RANK"] = str(request.world.local_rank)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # Its own all-reduce over shared memory is for inference. A rank would compile it, for a minute,
+    # and one that is killed meanwhile leaves a lock on which every later rank waits for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    model = load_model(request)
+    # One rank has a group, too: DeepSpeed knows no other way.
+    join_process_group(request, device)
+    deepspeed.init_distributed(
+        dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False
+    )
+    return TorchZero(request, stage, model, device, deepspeed)
+
+
+def deepspeed_config(request: StrategyRequest, stage: int) -> dict[str, Any]:
+    """What DeepSpeed is told. Accumulation is ours: to it every micro-batch is one of one."""
+    train = request.options.train
+    config: dict[str, Any] = {
+        "train_batch_size": request.world.size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": train.max_grad_norm,
+        "zero_optimization": {
+            "stage": stage,
+            "contiguous_gradients": True,
+            # On CPUs there is no second stream to overlap with.
+            "overlap_comm": request.accelerator != "cpu",
+        },
+        # Ours is torch's AdamW, as under ddp.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 60,
+        "bf16": {"enabled": request.precision == "bf16"},
+        "fp16": {"enabled": request.precision == "fp16"},
+    }
+    if request.precision == "fp16":
+        # The arithmetic of `LossScaler`: halve at once, double after a window, never below 1.
+        config["fp16"] |= {
+            "loss_scale": 0,
+            "initial_scale_power": int(np.log2(train.initial_loss_scale)),
+            "loss_scale_window": train.loss_scale_window,
+            "hysteresis": 1,
+            "min_loss_scale": 1,
+        }
+    return config
+
+
+class TorchZero:
+    """Implements `base.Strategy` with a DeepSpeed engine."""
+
+    def __init__(
+        self,
+        request: StrategyRequest,
+        stage: int,
+        model: Any,
+        device: torch.device,
+        deepspeed: Any,
+    ) -> None:
+        train = request.options.train
+        self.world = request.world
+        self.device = device
+        self._forward = Forward(device=device, autocast="fp32", loss=LOSSES[request.loss])
+        decayed = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+        undecayed = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+        groups = [
+            {"params": decayed, "weight_decay": train.weight_decay},
+            {"params": undecayed, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=train.learning_rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_epsilon,
+        )
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(request, stage)
+        )
+        self._state = ZeroState(self._engine.module, self._optimizer, stage, request.world)
+        self._enabled_scaler = request.precision == "fp16"
+        self._applied_in_a_row = 0
+        self._window_loss = torch.zeros((), dtype=torch.float64, device=device)
+
+    # -- the step ---------------------------------------------------------------------------
+
+    def accumulate(self, batch: Batch, total_items: float, *, last: bool) -> None:
+        self._forward.set_training(self._engine, True)
+        self._engine.set_gradient_accumulation_boundary(last)
+        loss_sum = self._forward.loss_sum(self._engine, batch)
+        # DeepSpeed averages over ranks, so each contributes W times its share of the global mean.
+        self._engine.backward(loss_sum * (self.world.size / total_items), scale_wrt_gas=False)
+        self._window_loss += loss_sum.detach() / total_items
+        if not last:
+            # Its own count of micro-batches; the boundary is what was set above.
+            self._engine.step()
+
+    def apply(self, learning_rate: float, *, stop: bool) -> StepOutcome:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        scale = float(self._optimizer.loss_scale) if self._enabled_scaler else 1.0
+        self._engine.step()
+        overflow = bool(self._optimizer.overflow)
+        norm = self._engine.get_global_grad_norm()
+        shared = sum_across_ranks(
+            self.world, np.array([float(self._window_loss), float(stop)], dtype=np.float64)
+        )
+        self._window_loss.zero_()
+        self._applied_in_a_row = 0 if overflow else self._applied_in_a_row + 1
+        return StepOutcome(
+            applied=not overflow,
+            loss=float(shared[0]),
+            grad_norm=float("inf") if overflow or norm is None else float(norm),
+            loss_scale=scale,
+            culprit="a gradient (DeepSpeed does not say whose)" if overflow else None,
+            stop=shared[1] > 0,
+        )
+
+    # -- forward and ranks ------------------------------------------------------------------
+
+    def predict(self, batch: Batch) -> NDArray[np.float32]:
+        return self._forward.predict(self._engine, batch)
+
+    def sum_across_ranks(self, values: NDArray[Any]) -> NDArray[Any]:
+        return sum_across_ranks(self.world, values)
+
+    def peak_memory_bytes(self) -> int:
+        return peak_memory_bytes(self.device)
+
+    def close(self) -> None:
+        leave_process_group(self._engine)
+
+    # -- state ------------------------------------------------------------------------------
+
+    def state_slices(self) -> Iterable[TensorSlice]:
+        return self._state.slices()
+
+    def load_state(
+        self, reader: StateReader, *, optimizer_steps: int, loss_scale: Mapping[str, float]
+    ) -> None:
+        self._state.load(reader, optimizer_steps=optimizer_steps)
+        if self._enabled_scaler and loss_scale.get("enabled"):
+            scaler = self._optimizer.loss_scaler
+            scaler.cur_scale = loss_scale["scale"]
+            scaler.cur_iter = 0
+            scaler.last_overflow_iter = -1 - int(loss_scale["applied_in_a_row"])
+
+    def loss_scale_state(self) -> Mapping[str, float]:
+        if not self._enabled_scaler:
+            return {"scale": 1.0, "applied_in_a_row": 0, "enabled": 0}
+        scaler = self._optimizer.loss_scaler
+        return {
+            "scale": float(scaler.cur_scale),
+            "applied_in_a_row": int(scaler.cur_iter - scaler.last_overflow_iter - 1),
+            "enabled": 1,
+        }
+
+    def save_model(self, folder: str, *, dtype: str) -> None:
+        state = self._state.whole_weights(keep=self.world.is_main)
+        if not self.world.is_main:
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            save_model(self._engine.module, folder, dtype=DTYPES[dtype], state=state)
+        except RuntimeError as error:
+            raise OSError(errno.EIO, str(error), folder) from None

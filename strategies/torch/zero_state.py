@@ -1,0 +1,233 @@
+"""Where DeepSpeed (0.19) keeps a model's training state, as slices of named tensors.
+
+Stages 1 and 2: each parameter group is one flat fp32 vector, of which rank r holds the r-th part.
+Stage 3: each parameter is split by itself, in parts of ceil(elements / W), and a rank's parts of a
+sub-group's parameters lie one behind the other in a flat vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ftlaunch.cluster.world import World
+from ftlaunch.strategies.base import StateReader, TensorSlice
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What this rank holds of a trained parameter: elements [start, start + count) of it, which are
+    elements [offset, offset + count) of the flat fp32 vector `flat`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    count: int
+    flat: torch.Tensor
+    offset: int
+
+    def of(self, vector: torch.Tensor) -> torch.Tensor:
+        return vector.detach().narrow(0, self.offset, self.count)
+
+
+class ZeroState:
+    """Reads and writes the state of one engine."""
+
+    def __init__(self, model: Any, optimizer: Any, stage: int, world: World) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._stage = stage
+        self._world = world
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+
+    # -- reading ----------------------------------------------------------------------------
+
+    def slices(self) -> Iterator[TensorSlice]:
+        """What this rank owns; all ranks' together are everything once."""
+        for piece in self._pieces():
+            yield self._slice(piece, "weight", piece.of(piece.flat))
+            for moment in _MOMENTS:
+                vector = self._moments(piece).get(moment)
+                if vector is not None:
+                    yield self._slice(piece, moment, piece.of(vector))
+        yield from self._own_share(list(self._untrained()))
+
+    def _slice(self, piece: _Piece, kind: str, values: torch.Tensor) -> TensorSlice:
+        return TensorSlice(
+            name=piece.name,
+            kind=kind,
+            shape=piece.shape,
+            start=piece.start,
+            values=values.float().cpu().numpy(),
+        )
+
+    def _moments(self, piece: _Piece) -> dict[str, Any]:
+        state: dict[str, Any] = self._optimizer.optimizer.state.get(piece.flat, {})
+        return state
+
+    def _pieces(self) -> Iterable[_Piece]:
+        return self._pieces_of_parameters() if self._stage == 3 else self._pieces_of_groups()
+
+    def _pieces_of_groups(self) -> Iterator[_Piece]:
+        optimizer = self._optimizer
+        for flat, group in zip(
+            optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True
+        ):
+            for parameter in group:
+                mapping = parameter._hp_mapping
+                if mapping is not None:
+                    here, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
+                    yield _Piece(
+                        self._names[parameter],
+                        tuple(parameter.shape),
+                        _start_in_parameter(mapping, parameter),
+                        here.numel,
+                        flat,
+                        here.start,
+                    )
+                    assert here.numel == whole.numel
+
+    def _pieces_of_parameters(self) -> Iterator[_Piece]:
+        optimizer, rank = self._optimizer, self._world.rank
+        for flat, group in zip(
+            optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True
+        ):
+            offset = 0
+            for parameter in group:
+                part = parameter.partition_numel()
+                start = min(rank * part, parameter.ds_numel)
+                count = min(part, parameter.ds_numel - start)
+                if count > 0:
+                    shape = tuple(parameter.ds_shape)
+                    yield _Piece(self._names[parameter], shape, start, count, flat, offset)
+                offset += part
+
+    def _untrained(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole tensor) of frozen parameters and buffers. Collective under stage 3."""
+        for name, parameter in self._model.named_parameters():
+            if not parameter.requires_grad:
+                with self._gathered(parameter):
+                    yield name, parameter.detach().clone()
+        persistent = self._model.state_dict(keep_vars=True).keys()
+        for name, buffer in self._model.named_buffers():
+            if name in persistent:
+                yield name, buffer
+
+    def _own_share(self, tensors: list[tuple[str, torch.Tensor]]) -> Iterator[TensorSlice]:
+        """Of what every rank has whole, the r-th of W runs of all elements."""
+        total = sum(tensor.numel() for _, tensor in tensors)
+        first = total * self._world.rank // self._world.size
+        last = total * (self._world.rank + 1) // self._world.size
+        position = 0
+        for name, tensor in tensors:
+            begin, end = max(first, position), min(last, position + tensor.numel())
+            if begin < end:
+                start = begin - position
+                values = tensor.reshape(-1)[start : end - position]
+                if values.is_floating_point():
+                    values = values.float()
+                yield TensorSlice(
+                    name=name,
+                    kind="weight",
+                    shape=tuple(tensor.shape),
+                    start=start,
+                    values=values.cpu().numpy(),
+                )
+            position += tensor.numel()
+
+    def whole_weights(self, *, keep: bool) -> dict[str, torch.Tensor]:
+        """Collective: every weight in fp32 on the CPU, by its name in the state dict.
+
+        keep   whether this rank wants them; the others only take part
+        """
+        found: dict[str, torch.Tensor] = {}
+        pieces: dict[str, list[_Piece]] = {}
+        for piece in self._pieces():
+            pieces.setdefault(piece.name, []).append(piece)
+        for name, parameter in self._model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            # Disjoint pieces, zeros elsewhere: the sum is exact.
+            whole = torch.zeros(int(np.prod(shape, dtype=np.int64)), dtype=torch.float32)
+            for piece in pieces.get(name, []):
+                whole[piece.start : piece.start + piece.count] = piece.of(piece.flat).float().cpu()
+            if self._world.size > 1:
+                dist.all_reduce(whole)
+            if keep:
+                found[name] = whole.reshape(shape)
+        for name, tensor in self._untrained():
+            if keep:
+                found[name] = tensor.cpu()
+        return self._with_aliases(found) if keep else {}
+
+    def _with_aliases(self, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tied weights have several names in the state dict, and one among the parameters."""
+        by_tensor = {id(p): name for p, name in self._names.items()}
+        for name, value in self._model.state_dict(keep_vars=True).items():
+            if name not in found and id(value) in by_tensor:
+                found[name] = found[by_tensor[id(value)]]
+        return found
+
+    # -- writing ----------------------------------------------------------------------------
+
+    def load(self, reader: StateReader, *, optimizer_steps: int) -> None:
+        """Collective under stage 3."""
+        base = self._optimizer.optimizer
+        base.state.clear()
+        with torch.no_grad():
+            for name, parameter in self._model.named_parameters():
+                with self._gathered(parameter, writes=True):
+                    _copy_from(reader, "weight", name, parameter)
+            for name, buffer in self._model.named_buffers():
+                if name in reader.names("weight"):
+                    _copy_from(reader, "weight", name, buffer)
+            for piece in self._pieces():
+                _copy_piece(reader, "weight", piece, piece.flat)
+                if optimizer_steps > 0 and piece.name in reader.names("exp_avg"):
+                    state = base.state.setdefault(piece.flat, _new_state(piece, optimizer_steps))
+                    for moment in _MOMENTS:
+                        _copy_piece(reader, moment, piece, state[moment])
+
+    def _gathered(self, parameter: Any, *, writes: bool = False) -> Any:
+        """The whole parameter, where it is split; what is written to it is kept on every rank."""
+        from contextlib import nullcontext
+
+        if self._stage != 3:
+            return nullcontext()
+        import deepspeed
+
+        # Every rank writes the same, so rank 0's are everyone's.
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if writes else None)
+
+
+def _start_in_parameter(mapping: Any, parameter: torch.Tensor) -> int:
+    """Of a fragment, in the flattened parameter: the fragment is a view of its storage."""
+    fragment = mapping.lp_fragment
+    return int(fragment.storage_offset() - parameter.data.storage_offset())
+
+
+def _new_state(piece: _Piece, optimizer_steps: int) -> dict[str, torch.Tensor]:
+    """What AdamW holds of a flat vector after that many steps."""
+    zeros = {moment: torch.zeros_like(piece.flat.detach()) for moment in _MOMENTS}
+    return {"step": torch.tensor(float(optimizer_steps), dtype=torch.float32), **zeros}
+
+
+def _copy_piece(reader: StateReader, kind: str, piece: _Piece, vector: torch.Tensor) -> None:
+    values = reader.read(kind, piece.name, piece.start, piece.start + piece.count)
+    piece.of(vector).copy_(torch.from_numpy(np.array(values)))
+
+
+def _copy_from(reader: StateReader, kind: str, name: str, tensor: torch.Tensor) -> None:
+    if tensor.numel() == 0:
+        return
+    values = np.array(reader.read(kind, name, 0, tensor.numel()))
+    tensor.data.copy_(torch.from_numpy(values).reshape(tensor.shape))

@@ -1,0 +1,218 @@
+"""ZeRO against the plain full batch, and checkpoints that go from every strategy to every other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ftlaunch.strategies import registry
+from ftlaunch.strategies.checkpoint.manifest import Manifest, read_manifest
+from ftlaunch.strategies.checkpoint.saving import load_newest, save_checkpoint
+from ftlaunch.strategies.checkpoint.store import CheckpointReader
+from ftlaunch.strategies.data.sample_order import samples_digest
+from ftlaunch.strategies.loop import Cursor, train
+from tests import tiny
+from tests.jobs import assert_no_process_left, ftlaunch, metrics_of, said, summary_of
+from tests.ranks import run_ranks
+from tests.test_parity import GLOBAL_BATCH, SAMPLES, STEPS, _reference, _schedule
+from tests.training_jobs import Inputs, assert_same_training
+
+ZERO = ("zero1", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return tiny.write_config(tmp_path_factory.mktemp("bert"), "bert")
+
+
+@pytest.fixture(scope="module")
+def reference(bert):
+    return run_ranks(1, _reference, bert)[0]
+
+
+def _train(world, listen_fd, folder, name, micro_batch):
+    strategy = registry.load(name)(tiny.request(world, listen_fd, folder, weight_decay=0.1))
+    seen = []
+
+    def after_step(report):
+        outcome = report.outcome
+        seen.append((samples_digest(report.indices), outcome.loss, outcome.grad_norm))
+        return False
+
+    train(
+        strategy,
+        tiny.windows(
+            world, tiny.random_table(SAMPLES), global_batch=GLOBAL_BATCH, micro_batch=micro_batch
+        ),
+        _schedule(),
+        Cursor(),
+        total_steps=STEPS,
+        stop_requested=lambda: False,
+        after_step=after_step,
+    )
+    return seen
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 4), (2, 2), (3, 2)])
+@pytest.mark.parametrize("name", ZERO)
+def test_thirty_steps_are_those_of_the_full_batch(bert, reference, name, ranks, micro_batch):
+    for seen in run_ranks(ranks, _train, bert, name, micro_batch):
+        assert [digest for digest, _, _ in seen] == [digest for digest, _, _ in reference]
+        losses = np.array([(loss, norm) for _, loss, norm in seen])
+        expected = np.array([(loss, norm) for _, loss, norm in reference])
+        worst = np.abs(losses / expected - 1).max(axis=0)
+        print(f"{name}, {ranks} ranks: loss {worst[0]:.1e} norm {worst[1]:.1e}")
+        assert worst[0] < 1e-6
+        assert worst[1] < 1e-5
+
+
+# -- from every strategy to every other ---------------------------------------------------------
+
+SAVED_AT, GOES_ON = 10, 10
+STRATEGIES = ("ddp", *ZERO)
+
+
+def _manifest(strategy, name):
+    return Manifest(
+        identity={},
+        step=SAVED_AT,
+        applied_steps=SAVED_AT,
+        epoch=0.0,
+        world_size=strategy.world.size,
+        strategy=name,
+        precision="fp32",
+        loss_scale=strategy.loss_scale_state(),
+        best=None,
+        evaluation=None,
+        evaluations_without_gain=0,
+        schedule={},
+        files={},
+    )
+
+
+def _steps(world, strategy, cursor, until):
+    seen = []
+
+    def after_step(report):
+        seen.append((samples_digest(report.indices), report.outcome.loss))
+        return False
+
+    train(
+        strategy,
+        tiny.windows(world, tiny.random_table(SAMPLES), global_batch=GLOBAL_BATCH, micro_batch=2),
+        _schedule(),
+        cursor,
+        total_steps=until,
+        stop_requested=lambda: False,
+        after_step=after_step,
+    )
+    return seen
+
+
+def _request(world, listen_fd, folder):
+    # Frozen parameters, and sizes that neither 2 nor 3 ranks divide.
+    model = {"freeze": ("bert.embeddings.position_embeddings", "bert.encoder.layer.0.attention")}
+    return tiny.request(world, listen_fd, folder, weight_decay=0.1, model=model)
+
+
+def _save(world, listen_fd, folder, name, root):
+    """10 steps, a checkpoint, 10 more."""
+    strategy = registry.load(name)(_request(world, listen_fd, folder))
+    cursor = Cursor()
+    _steps(world, strategy, cursor, SAVED_AT)
+    save_checkpoint(strategy, root, _manifest(strategy, name))
+    return _steps(world, strategy, cursor, SAVED_AT + GOES_ON)
+
+
+def _resume(world, listen_fd, folder, name, root):
+    strategy = registry.load(name)(_request(world, listen_fd, folder))
+    found = load_newest(strategy, root, on_damaged=print)
+    assert found is not None
+    cursor = Cursor(step=found[1].step, applied=found[1].applied_steps)
+    return _steps(world, strategy, cursor, SAVED_AT + GOES_ON)
+
+
+@pytest.fixture(scope="module")
+def saved(bert, tmp_path_factory):
+    """strategy → (its checkpoints, the 10 losses that follow)."""
+    made = {}
+
+    def save(name):
+        if name not in made:
+            root = tmp_path_factory.mktemp(name)
+            made[name] = (root, run_ranks(2, _save, bert, name, root)[0])
+        return made[name]
+
+    return save
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("to", STRATEGIES)
+@pytest.mark.parametrize("origin", STRATEGIES)
+def test_every_strategy_goes_on_from_every_other(bert, saved, origin, to, ranks):
+    root, expected = saved(origin)
+    for seen in run_ranks(ranks, _resume, bert, to, root):
+        assert [digest for digest, _ in seen] == [digest for digest, _ in expected]
+        losses, wanted = (np.array([loss for _, loss in each]) for each in (seen, expected))
+        assert np.abs(losses / wanted - 1).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_checkpoint_holds_everything_once(bert, saved, name):
+    root, _ = saved(name)
+    reference, _ = saved("ddp")
+    folders = [path / f"step-{SAVED_AT:08d}" for path in (root, reference)]
+    mine, ddp = (CheckpointReader(folder, read_manifest(folder)) for folder in folders)
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        assert mine.names(kind) == ddp.names(kind)
+        for tensor in mine.names(kind):
+            np.testing.assert_allclose(
+                mine.read_whole(kind, tensor), ddp.read_whole(kind, tensor), rtol=1e-4, atol=1e-6
+            )
+
+
+# -- in lower precision, and as a user does -----------------------------------------------------
+
+
+def _low_precision(world, listen_fd, folder, name):
+    request = tiny.request(world, listen_fd, folder, precision="bf16")
+    strategy = registry.load(name)(request)
+    losses = [loss for _, loss in _steps(world, strategy, Cursor(), 10)]
+    weights = {s.values.dtype for s in strategy.state_slices() if s.kind == "weight"}
+    return losses, weights
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_bf16_learns_and_keeps_fp32_masters(bert, saved, name):
+    (losses, dtypes), _ = run_ranks(2, _low_precision, bert, name)
+    (expected, _), _ = run_ranks(2, _low_precision, bert, "ddp")
+    assert dtypes == {np.dtype(np.float32)}
+    # bf16 has 8 bits: 0.4 % a rounding.
+    np.testing.assert_allclose(losses, expected, rtol=0.02)
+
+
+def test_a_job_that_changes_its_strategy_on_the_way(tmp_path):
+    """ZeRO-2 on 2 ranks, stopped, gone on with ZeRO-3 on 3: the losses are those of ddp."""
+    inputs = Inputs(tmp_path / "inputs")
+    ddp, out = tmp_path / "ddp", tmp_path / "out"
+    assert ftlaunch(*inputs.command(ddp)).returncode == 0
+    stopped = ftlaunch(
+        *("rehearse", "--fault", "interrupt@step40"),
+        *inputs.command(out, "--strategy", "zero2"),
+    )
+    assert stopped.returncode == 75, said(stopped)
+    result = ftlaunch(*inputs.command(out, "--strategy", "zero3", nodes=3))
+    assert result.returncode == 0, said(result)
+    assert_same_training(metrics_of(out), metrics_of(ddp))
+    assert (summary_of(out)["strategy"], summary_of(out)["world_size"]) == ("zero3", 3)
+    mine, theirs = (load_file(each / "model" / "model.safetensors") for each in (out, ddp))
+    assert mine.keys() == theirs.keys()
+    for name, weight in mine.items():
+        # A bias of the keys changes no attention: its gradient is the rounding, and AdamW makes steps
+        # of full size of that.
+        if not name.endswith("key.bias"):
+            np.testing.assert_allclose(weight, theirs[name], rtol=1e-3, atol=1e-4)
+    losses = [summary_of(each)["eval"]["loss"] for each in (out, ddp)]
+    assert abs(losses[0] / losses[1] - 1) < 1e-5
+    assert_no_process_left(out)
