@@ -48,7 +48,9 @@ from ftlaunch.cluster.events import (
 from ftlaunch.cluster.fork_link import JOB_VARIABLE, MAX_SPAWN_BYTES, ForkLink
 from ftlaunch.cluster.fork_server import SERVER_NAME
 from ftlaunch.cluster.linux import (
+    Process,
     adopt_orphans,
+    command_line,
     kill_exactly,
     name_process,
     processes_with,
@@ -364,8 +366,20 @@ def sweep() -> None:
     if job is None:
         return
     for process in list(processes_with(JOB_VARIABLE, job)):
-        if process.name not in (AGENT_NAME, SERVER_NAME) and process.pid != os.getpid():
+        if process.pid != os.getpid() and not _serves_the_job(process):
             kill_exactly(process)
+
+
+def _serves_the_job(process: Process) -> bool:
+    """An agent or a fork server, also one that has not come to naming itself yet."""
+    if process.name in (AGENT_NAME, SERVER_NAME):
+        return True
+    command = command_line(process.pid)
+    if any("ftlaunch.cluster.agent" in word for word in command):
+        return True
+    # A forked rank has its fork server's command line, but a name of its own from its first moment.
+    begins = process.name.startswith("python")
+    return begins and any("ftlaunch.cluster.fork_server" in word for word in command)
 
 
 def main() -> int:

@@ -97,6 +97,15 @@ def read_process(pid: int) -> Process | None:
     )
 
 
+def command_line(pid: int) -> list[str]:
+    """The words of its command; empty when it is gone."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
+    return [word.decode(errors="replace") for word in words]
+
+
 def process_table() -> dict[int, Process]:
     found = (read_process(pid) for pid in _all_pids())
     return {process.pid: process for process in found if process is not None}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from ftlaunch.cluster.agent import sweep
 from ftlaunch.cluster.events import (
     Exited,
     Kill,
@@ -360,6 +361,25 @@ def test_no_descriptor_stays_behind(agent):
         agent.expect(Exited)
     assert count() == before
     assert len(list(Path(f"/proc/{server}/task").iterdir())) == 1
+
+
+def test_a_sweep_leaves_agents_that_are_only_starting(job):
+    """They carry the job's mark, and have not come to naming themselves yet."""
+    wait = "import time; time.sleep(600)"
+    starting = [
+        subprocess.Popen([sys.executable, "-c", f"{wait}  # {module}"])
+        for module in ("ftlaunch.cluster.agent", "ftlaunch.cluster.fork_server")
+    ]
+    orphan = subprocess.Popen([sys.executable, "-c", wait])
+    try:
+        wait_until(lambda: len(others(job)) == 3, 10, "three processes with the mark")
+        sweep()
+        assert orphan.wait(timeout=5) == -signal.SIGKILL
+        assert [process.poll() for process in starting] == [None, None]
+    finally:
+        for process in (*starting, orphan):
+            process.kill()
+            process.wait(timeout=5)
 
 
 def test_nobody_else_is_let_in(tmp_path, job):
