@@ -6,19 +6,14 @@ Weights, gradients and moments are fp32 whatever the precision; bf16 and fp16 ar
 from __future__ import annotations
 
 import contextlib
-import errno
 import inspect
-import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 
 from ftlaunch.strategies.base import (
@@ -259,14 +254,7 @@ class TorchDataParallel:
 
     def save_model(self, folder: str, *, dtype: str) -> None:
         if self.world.is_main:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            try:
-                save_model(self.model, folder, dtype=DTYPES[dtype])
-            except SafetensorError as error:
-                # It wraps what the system says, as text.
-                number = re.search(r"os error (\d+)", str(error))
-                code = int(number[1]) if number else errno.EIO
-                raise OSError(code, os.strerror(code), folder) from None
+            save_model(self.model, folder, dtype=DTYPES[dtype])
 
 
 def _without_buffer_sync() -> dict[str, bool]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +193,8 @@ def freeze(model: torch.nn.Module, patterns: tuple[str, ...]) -> None:
 def save_model(
     model: Any, folder: str, *, dtype: torch.dtype, state: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Write config.json and model.safetensors (sharded above 5 GB) in `dtype`."""
+    """Write config.json and model.safetensors (sharded above 5 GB) in `dtype`. OSError."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     state = model.state_dict() if state is None else state
     converted = {
         name: value.to(dtype) if value.is_floating_point() else value
@@ -200,6 +204,11 @@ def save_model(
     model.config.dtype = dtype
     try:
         model.save_pretrained(folder, state_dict=converted, max_shard_size="5GB")
+    except SafetensorError as error:
+        # It wraps what the system says, as text.
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), folder) from None
     finally:
         model.config.dtype = before
 

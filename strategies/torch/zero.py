@@ -7,11 +7,9 @@ masters in the optimizer. Where DeepSpeed keeps what is in `strategies.torch.zer
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -217,10 +215,5 @@ class TorchZero:
 
     def save_model(self, folder: str, *, dtype: str) -> None:
         state = self._state.whole_weights(keep=self.world.is_main)
-        if not self.world.is_main:
-            return
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        try:
+        if self.world.is_main:
             save_model(self._engine.module, folder, dtype=DTYPES[dtype], state=state)
-        except RuntimeError as error:
-            raise OSError(errno.EIO, str(error), folder) from None

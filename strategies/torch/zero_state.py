@@ -8,6 +8,7 @@ sub-group's parameters lie one behind the other in a flat vector.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,8 +200,6 @@ class ZeroState:
 
     def _gathered(self, parameter: Any, *, writes: bool = False) -> Any:
         """The whole parameter, where it is split; what is written to it is kept on every rank."""
-        from contextlib import nullcontext
-
         if self._stage != 3:
             return nullcontext()
         import deepspeed
