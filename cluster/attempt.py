@@ -37,6 +37,7 @@ _VERDICT_SECONDS = 0.3
 # been heard: its exit is only told once the process is gone, which a driver may delay.
 _BLAME_SECONDS = 3.0
 _LEAVE_SECONDS = 5.0
+_CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 _CAUSES: dict[str, Cause] = {
     "user": "user",
     "exception": "exception",
@@ -54,12 +55,14 @@ class Outcome:
 
     left_behind   processes that outlived the rank that had started them
     stop_signal   by which the user asked the ranks to stop
+    remarks       what changed nothing, and should be known
     """
 
     ending: Ending
     verdict: Verdict | None = None
     left_behind: int = 0
     stop_signal: int | None = None
+    remarks: tuple[str, ...] = ()
 
 
 class Attempt:
@@ -82,6 +85,9 @@ class Attempt:
         self._node_names = node_names
         self._passes_code = passes_code
         self._codes: set[int] = set()
+        # With which code a rank has said that it leaves.
+        self._leaves_with: dict[int, int] = {}
+        self._remarks: list[str] = []
         self._stacks: dict[int, Stack] = {}
         self._leave_by: float | None = None
         self._judged_at: float | None = None
@@ -122,6 +128,9 @@ class Attempt:
         """`offset` is what the clock of the node's agent is ahead of ours."""
         if isinstance(event, FromRank):
             payload = event.payload
+            if payload.get("kind") == "ending" and isinstance(payload.get("code"), int):
+                self._leaves_with[event.rank] = payload["code"]
+                return
             if payload.get("kind") != "failed":
                 on_message(event.rank, payload)
                 return
@@ -162,6 +171,8 @@ class Attempt:
             self._running.difference_update(ranks)
 
     def _exited(self, event: Exited, at: float) -> None:
+        if event.signal in _CRASHES and event.rank in self._leaves_with:
+            event = self._without_its_end(event)
         self._running.discard(event.rank)
         self.left_behind = max(self.left_behind, event.left_behind)
         if event.rank < 0:
@@ -184,6 +195,16 @@ class Attempt:
             self._codes.add(0)
         elif not self._has_said_why(event.rank, event.code):
             self._fail_rank(event.rank, "exit", f"exit code {event.code}", at=at, code=event.code)
+
+    def _without_its_end(self, event: Exited) -> Exited:
+        """A crash of what takes a finished rank down is not its failure."""
+        assert event.signal is not None
+        code = self._leaves_with[event.rank]
+        self._remarks.append(
+            f"rank {event.rank} on {self.node_of(event.rank)}: {signal_in_words(event.signal)} while "
+            f"its interpreter was taken down; its script had ended by then, with exit code {code}"
+        )
+        return replace(event, signal=None, code=code)
 
     def _is_stop(self, event: Exited) -> bool:
         if not self._passes_code and event.code == EXIT_STOPPED:
@@ -286,9 +307,15 @@ class Attempt:
                 # Nobody's code: the network, or a rank that is stuck in its end.
                 first = replace(verdict.first, cause="lost")
                 verdict = replace(verdict, first=first)
-            return Outcome(ending="failed", verdict=verdict, left_behind=self.left_behind)
+            return Outcome(
+                ending="failed",
+                verdict=verdict,
+                left_behind=self.left_behind,
+                remarks=tuple(self._remarks),
+            )
         return Outcome(
             ending="stopped" if stopped else "done",
             left_behind=self.left_behind,
             stop_signal=self.stop_signal,
+            remarks=tuple(self._remarks),
         )

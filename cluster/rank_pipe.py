@@ -1,4 +1,7 @@
-"""What a rank tells its agent, over a pipe of its own: JSON lines, of which only "failed" is known here."""
+"""What a rank tells its agent, over a pipe of its own: JSON lines.
+
+Only "failed" and "ending" are known here.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,11 @@ def failure_payload(cause: str, title: str, traceback: str) -> dict[str, Any]:
         "title": title[:MAX_TRACEBACK_CHARS],
         "traceback": traceback[-MAX_TRACEBACK_CHARS:],
     }
+
+
+def ending_payload(code: int) -> dict[str, Any]:
+    """The payload by which a script's rank says with which exit code it is about to leave."""
+    return {"kind": "ending", "code": code}
 
 
 class RankPipe:

@@ -5,6 +5,7 @@ Nothing is asked of the script. What it prints goes to its log, its exit code is
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import faulthandler
 import importlib.machinery
@@ -16,7 +17,7 @@ import types
 from pathlib import Path
 
 from ftlaunch.cluster.linux import name_process
-from ftlaunch.cluster.rank_pipe import RankPipe, cause_of, failure_payload
+from ftlaunch.cluster.rank_pipe import RankPipe, cause_of, ending_payload, failure_payload
 from ftlaunch.cluster.stacks import answer_stack_signal
 
 # Whose frames stand above the script's in a traceback, and tell its reader nothing.
@@ -30,9 +31,13 @@ def main() -> int:
     faulthandler.enable()
     answer_stack_signal()
     pipe = RankPipe.from_environment()
+    ending = _Ending(pipe)
     try:
         (_run_path if kind == "path" else _run_module)(target, arguments)
-    except (SystemExit, KeyboardInterrupt):
+    except SystemExit as leave:
+        ending.code = _exit_code(leave.code)
+        raise
+    except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - whatever ends a rank has to be told
         shown = _from_script(error.__traceback__)
@@ -41,8 +46,37 @@ def main() -> int:
         pipe.send(failure_payload(cause_of(error), title, text))
         # Whatever hook the script or its libraries have put there.
         sys.excepthook(type(error), error.with_traceback(shown), shown)
+        ending.code = 1
         return 1
+    ending.code = 0
     return 0
+
+
+class _Ending:
+    """Says with which exit code the rank leaves, when nothing is left to do but to take it down.
+
+    Libraries can abort while the interpreter is taken down, long after the script has done its work
+    (torch's process groups do, now and then): the code that it had by then is the true one.
+    """
+
+    def __init__(self, pipe: RankPipe) -> None:
+        self.code: int | None = None
+        self._pipe = pipe
+        self._pid = os.getpid()
+        # The first to be registered is the last to be called.
+        atexit.register(self._tell)
+
+    def _tell(self) -> None:
+        # A process that the script has forked has this function, too.
+        if self.code is not None and os.getpid() == self._pid:
+            self._pipe.send(ending_payload(self.code))
+
+
+def _exit_code(code: object) -> int:
+    """Of a SystemExit, as the interpreter takes it."""
+    if code is None:
+        return 0
+    return code & 0xFF if isinstance(code, int) else 1
 
 
 def _run_path(path: str, arguments: list[str]) -> None:

@@ -220,6 +220,8 @@ class _ScriptJob:
                 f"{outcome.left_behind} process(es) that the script had started outlived their "
                 "rank; they were ended with the job"
             )
+        for remark in outcome.remarks:
+            self._console.warn(remark)
         if outcome.verdict is not None:
             show_verdict(self._console, outcome.verdict)
         self._timeline.add(f"exit code {code}")

@@ -274,6 +274,29 @@ def test_a_crash_is_told_with_the_python_stack(here):
     assert "in crash" in said(result)
 
 
+@pytest.mark.parametrize("code", [0, 3])
+@pytest.mark.parametrize("method", ["exec", "fork"])
+def test_a_crash_of_libraries_after_the_scripts_end_is_no_failure(here, method, code):
+    script = f"""
+        import os, sys
+        class Library:
+            def __del__(self):
+                if os.environ["RANK"] == "1":
+                    os.abort()
+        library = Library()
+        sys.exit({code})
+    """
+    write(here, script)
+    result = run(here, f"cluster.start_method={method}", "script.py")
+    assert result.returncode == code, said(result)
+    assert "restart" not in result.stdout
+    if not code:
+        assert (
+            "warning: rank 1 on node1: aborted (SIGABRT) while its interpreter was taken down; its "
+            "script had ended by then, with exit code 0\n"
+        ) in result.stdout
+
+
 def test_a_killed_rank_of_a_script_is_started_again(here):
     script = """
         import os, signal
