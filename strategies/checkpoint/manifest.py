@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ftlaunch.strategies.files import replace_file
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+MODEL_FOLDER = "model"
 FOLDER_PREFIX = "step-"
 
 
@@ -39,6 +40,8 @@ class Manifest:
     files            name → size in bytes of every shard
     best             {"step", "metric", "value", "metrics"} of the best evaluation so far, if there is one
     evaluation       {"step", "metrics"} of the last evaluation
+    aliases          other names of weights that several modules share → the name they are under here
+    model_files      name → size of what a finished model has beside its weights, in MODEL_FOLDER
     """
 
     identity: Mapping[str, Any]
@@ -54,6 +57,8 @@ class Manifest:
     evaluations_without_gain: int
     schedule: Mapping[str, Any]
     files: Mapping[str, int]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    model_files: Mapping[str, int] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
 
@@ -94,7 +99,8 @@ def read_manifest(folder: Path) -> Manifest:
         _check_types(manifest)
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointDamaged(folder, f"{MANIFEST_NAME} is malformed ({error})") from None
-    for name, size in manifest.files.items():
+    model_files = {f"{MODEL_FOLDER}/{name}": size for name, size in manifest.model_files.items()}
+    for name, size in (dict(manifest.files) | model_files).items():
         file = folder / name
         if not file.is_file():
             raise CheckpointDamaged(folder, f"{name} is missing")
@@ -120,10 +126,12 @@ def _check_types(manifest: Manifest) -> None:
         "evaluations_without_gain": int,
         "schedule": dict,
         "files": dict,
+        "aliases": dict,
+        "model_files": dict,
     }
-    for field, kind in expected.items():
-        if not isinstance(getattr(manifest, field), kind):
-            raise ValueError(f"{field} is {getattr(manifest, field)!r}")
+    for name, kind in expected.items():
+        if not isinstance(getattr(manifest, name), kind):
+            raise ValueError(f"{name} is {getattr(manifest, name)!r}")
     for evaluation in (manifest.best, manifest.evaluation):
         if evaluation is not None:
             _check_evaluation(evaluation)
@@ -135,7 +143,9 @@ def _check_types(manifest: Manifest) -> None:
         set(manifest.loss_scale) == scale and all(map(_is_number, manifest.loss_scale.values()))
     ):
         raise ValueError(f"loss_scale is {manifest.loss_scale!r}")
-    for name in manifest.files:
+    if not all(isinstance(name, str) for name in manifest.aliases.values()):
+        raise ValueError(f"aliases is {manifest.aliases!r}")
+    for name in (*manifest.files, *manifest.model_files):
         # A manifest is untrusted: a name must not lead out of the folder.
         if Path(name).name != name or name in ("", ".", ".."):
             raise ValueError(f"file name {name!r}")
