@@ -32,6 +32,9 @@ def main() -> int:
     answer_stack_signal()
     pipe = RankPipe.from_environment()
     ending = _Ending(pipe)
+    if (numpy_random := sys.modules.get("numpy.random")) is not None:
+        # Forked ranks would all draw the same numbers; Python's own generator sees to it itself.
+        numpy_random.seed()
     try:
         (_run_path if kind == "path" else _run_module)(target, arguments)
     except SystemExit as leave:

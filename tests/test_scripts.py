@@ -128,6 +128,21 @@ def test_variables_that_a_script_sets_before_its_imports_are_obeyed(here):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_generators_without_a_seed_differ_between_ranks(here, method):
+    script = """
+        import datasets
+        import random
+        import numpy
+        print("drew", numpy.random.rand(), random.random())
+    """
+    write(here, script)
+    result = run(here, f"cluster.start_method={method}", "cluster.show_output=all", "script.py")
+    assert result.returncode == 0, said(result)
+    drawn = [line.split()[-2:] for line in result.stdout.splitlines() if "drew" in line]
+    assert len({numbers[0] for numbers in drawn}) == len({numbers[1] for numbers in drawn}) == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_spawned_children_of_a_script_find_its_main_module(here, method):
     script = """
         import multiprocessing
@@ -275,7 +290,7 @@ def test_a_crash_is_told_with_the_python_stack(here):
 
 
 @pytest.mark.parametrize("code", [0, 3])
-@pytest.mark.parametrize("method", ["exec", "fork"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_crash_of_libraries_after_the_scripts_end_is_no_failure(here, method, code):
     script = f"""
         import os, sys
