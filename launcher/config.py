@@ -20,10 +20,12 @@ import yaml
 from annotated_types import Ge, Gt, Le
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.strategies.deepspeed_config import read_deepspeed_config
 from ftlaunch.strategies.model_config import absolute_path, looks_local
 from ftlaunch.strategies.options import (
     CheckpointOptions,
     DataOptions,
+    DeepSpeedOptions,
     JobOptions,
     ModelOptions,
     NonNegativeFloat,
@@ -80,6 +82,7 @@ class RunConfig:
     data: DataOptions = field(default_factory=DataOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    deepspeed: DeepSpeedOptions = field(default_factory=DeepSpeedOptions)
 
     @property
     def is_demo(self) -> bool:
@@ -93,6 +96,7 @@ class RunConfig:
             data=self.data,
             train=self.train,
             checkpoint=self.checkpoint,
+            deepspeed=self.deepspeed,
         )
 
 
@@ -141,7 +145,7 @@ def load_config(
         mistakes += _contradictions(config)
     if mistakes or config is None:
         raise UserError("\n".join(_once(mistakes)))
-    return _with_absolute_paths(config)
+    return _with_deepspeed_file(_with_absolute_paths(config))
 
 
 def all_keys() -> list[str]:
@@ -369,6 +373,16 @@ def _once(lines: Sequence[str]) -> list[str]:
     for line in lines:
         kept.setdefault(line.partition(":")[0], line)
     return list(kept.values())
+
+
+def _with_deepspeed_file(config: RunConfig) -> RunConfig:
+    """Read where the user typed it: what runs is what was in the file then."""
+    path = config.deepspeed.config
+    if not isinstance(path, str):
+        return config
+    content = read_deepspeed_config(str(absolute_path(path)))
+    deepspeed = dataclasses.replace(config.deepspeed, config=content)
+    return dataclasses.replace(config, deepspeed=deepspeed)
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -18,6 +18,12 @@ from ftlaunch.cluster.machine import Machine, check_framework
 from ftlaunch.launcher.config import ClusterOptions, RunConfig
 from ftlaunch.launcher.layout import HostPlan, Reason, describe, make_layout
 from ftlaunch.strategies.data.tasks import load_task
+from ftlaunch.strategies.deepspeed_config import (
+    Decided,
+    check_deepspeed_config,
+    offload_devices,
+    stage_of,
+)
 from ftlaunch.strategies.options import JobOptions, Precision
 from ftlaunch.strategies.registry import STRATEGIES, entry
 
@@ -93,6 +99,7 @@ def make_plan(
     precision = _precision(config, machines, accelerator, strategy, reasons)
     _batch_fits(config, world_size, mode)
     micro_batch, accumulation = _micro_batch(config, world_size, accelerator)
+    _check_deepspeed(config, strategy, precision, micro_batch, accumulation, reasons)
     eval_micro_batch = config.train.per_device_eval_batch_size or _EVAL_FACTOR * micro_batch
     if mode == "train":
         _explain_batch(config, world_size, accelerator, micro_batch, accumulation, reasons)
@@ -121,6 +128,10 @@ def make_plan(
 
 
 def _strategy(config: RunConfig, accelerator: str, reasons: list[Reason]) -> str:
+    stage = stage_of(config.deepspeed)
+    if config.strategy == "auto" and stage is not None and f"zero{stage}" in STRATEGIES:
+        reasons.append(Reason(choice="strategy", value=f"zero{stage}", why="by deepspeed.config"))
+        return f"zero{stage}"
     if config.strategy != "auto":
         if accelerator not in entry(config.strategy).accelerators:
             raise UserError(
@@ -140,15 +151,58 @@ def _strategy(config: RunConfig, accelerator: str, reasons: list[Reason]) -> str
     return fitting[0]
 
 
+def _check_deepspeed(
+    config: RunConfig,
+    strategy: str,
+    precision: Precision,
+    micro_batch: int,
+    accumulation: int,
+    reasons: list[Reason],
+) -> None:
+    """UserError where what was asked of DeepSpeed and the plan do not fit together."""
+    options, stage = config.deepspeed, entry(strategy).zero_stage
+    if stage is None:
+        if options.config is None and options.offload in (None, "none"):
+            return
+        named = "deepspeed.offload" if options.config is None else "deepspeed.config"
+        raise UserError(
+            f"{named} is set, but the strategy is {strategy}, which does not use DeepSpeed. Add "
+            "--strategy zero1, zero2 or zero3, or take it out."
+        )
+    decided = Decided(
+        stage=stage, precision=precision, micro_batch=micro_batch, accumulation=accumulation
+    )
+    mistakes = check_deepspeed_config(options, config.train, decided)
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    kept = [
+        what
+        for device, what in zip(
+            offload_devices(options, stage), ("optimizer state", "weights"), strict=True
+        )
+        if device == "cpu"
+    ]
+    if kept:
+        why = f"{' and '.join(kept)} in the host's memory"
+        reasons.append(Reason(choice="offload", value="cpu", why=why))
+
+
 def _check_packages(strategy: str, machines: Sequence[Machine]) -> None:
     """UserError where the strategy's framework is missing, or cannot use the accelerator."""
-    package = entry(strategy).package
+    needed = entry(strategy)
+    package = needed.package
     for machine in machines:
         check_framework(machine)
         if package not in machine.versions:
             raise UserError(
                 f"{machine.hostname} lacks {package}, which the strategy {strategy} needs. "
                 f"Install a build of it that fits the machine: pip install {package}."
+            )
+        if not needed.is_new_enough(machine.versions[package]):
+            raise UserError(
+                f"{machine.hostname} has {package} {machine.versions[package]}; the strategy "
+                f"{strategy} needs {needed.at_least} or newer: pip install "
+                f"'{package}>={needed.at_least}'."
             )
 
 

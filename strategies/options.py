@@ -7,7 +7,7 @@ documented in docs/configuration.md; a test compares the two.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
@@ -117,6 +117,18 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeepSpeedOptions:
+    """What only the ZeRO strategies have."""
+
+    __pydantic_config__ = _STRICT
+
+    # Optimizer state, and with zero3 the weights, in the host's memory. None: what `config` says.
+    offload: Literal["none", "cpu"] | None = None
+    # A DeepSpeed configuration: a JSON file, or what stands in one.
+    config: dict[str, Any] | str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions:
     """Everything that a worker reads from the plan about training."""
 
@@ -127,3 +139,4 @@ class JobOptions:
     data: DataOptions = field(default_factory=DataOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    deepspeed: DeepSpeedOptions = field(default_factory=DeepSpeedOptions)

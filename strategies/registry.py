@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,10 @@ class StrategyEntry:
     """Where a strategy lives and what it can run on.
 
     implementation   "module:function"; the function takes a `StrategyRequest` and returns a Strategy
-    package          what has to be installed
+    package          what has to be installed, of version `at_least`
     preload          modules that a process imports before it forks ranks: all that they will need
     fp16_on          accelerators on which it computes in fp16
+    zero_stage       of DeepSpeed; None without it
     """
 
     implementation: str
@@ -25,10 +27,21 @@ class StrategyEntry:
     accelerators: tuple[str, ...]
     preload: tuple[str, ...]
     fp16_on: tuple[str, ...]
+    zero_stage: int | None = None
+    at_least: str = "0"
 
     def runs(self, precision: str, accelerator: str) -> bool:
         """Whether the precision can be had on that accelerator."""
         return precision != "fp16" or accelerator in self.fp16_on
+
+    def is_new_enough(self, version: str) -> bool:
+        """Whether that version of `package` will do."""
+        return _numbers(version) >= _numbers(self.at_least)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Of a release; what follows it ("+cpu", "rc1") is left out."""
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:2])
 
 
 _ZERO = "ftlaunch.strategies.torch.zero"
@@ -53,6 +66,9 @@ STRATEGIES: dict[str, StrategyEntry] = {
             # DeepSpeed itself looks for accelerators when it is imported: the ranks do that.
             preload=(_ZERO, "torch._dynamo"),
             fp16_on=("cuda",),
+            zero_stage=stage,
+            # Where its engines keep their state has moved before that.
+            at_least="0.19",
         )
         for stage in (1, 2, 3)
     },

@@ -235,3 +235,13 @@ def write_tokenizer(folder: Path, words: Sequence[str]) -> None:
         "sep_token": "[SEP]",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def assert_mistake(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 2, every word said on stderr or stdout, and no traceback."""
+    output = said(result)
+    assert result.returncode == 2, output
+    assert "Traceback" not in output
+    assert "error: " in output
+    for word in words:
+        assert word in output, f"{word!r} is not in:\n{output}"

@@ -18,6 +18,7 @@ import pytest
 
 from tests.jobs import (
     WORDS,
+    assert_mistake,
     assert_no_process_left,
     checkpoint_steps,
     contents,
@@ -42,16 +43,6 @@ def inputs(tmp_path_factory):
     write_model(folder / "model")
     write_data(folder / "data")
     return folder
-
-
-def assert_mistake(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Exit code 2, every word said on stderr or stdout, and no traceback."""
-    output = said(result)
-    assert result.returncode == 2, output
-    assert "Traceback" not in output
-    assert "error: " in output
-    for word in words:
-        assert word in output, f"{word!r} is not in:\n{output}"
 
 
 # -- what was typed -----------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_documented_defaults_are_the_real_ones() -> None:
 def test_documented_meanings_name_every_choice() -> None:
     hints = {
         f"{section}.{name}": hint
-        for section in ("cluster", "model", "data", "train", "checkpoint")
+        for section in ("cluster", "model", "data", "train", "checkpoint", "deepspeed")
         for name, hint in typing.get_type_hints(
             typing.get_type_hints(RunConfig)[section], include_extras=False
         ).items()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
+
 import numpy as np
 import pytest
+import transformers
 from safetensors.numpy import load_file
 
 from ftlaunch.strategies import registry
@@ -12,6 +16,7 @@ from ftlaunch.strategies.checkpoint.saving import load_newest, save_checkpoint
 from ftlaunch.strategies.checkpoint.store import CheckpointReader
 from ftlaunch.strategies.data.sample_order import samples_digest
 from ftlaunch.strategies.loop import Cursor, train
+from ftlaunch.strategies.options import DeepSpeedOptions
 from tests import tiny
 from tests.jobs import assert_no_process_left, ftlaunch, metrics_of, said, summary_of
 from tests.ranks import run_ranks
@@ -31,8 +36,9 @@ def reference(bert):
     return run_ranks(1, _reference, bert)[0]
 
 
-def _train(world, listen_fd, folder, name, micro_batch):
-    strategy = registry.load(name)(tiny.request(world, listen_fd, folder, weight_decay=0.1))
+def _train(world, listen_fd, folder, name, micro_batch, deepspeed=None):
+    request = tiny.request(world, listen_fd, folder, weight_decay=0.1, deepspeed=deepspeed)
+    strategy = registry.load(name)(request)
     seen = []
 
     def after_step(report):
@@ -58,13 +64,46 @@ def _train(world, listen_fd, folder, name, micro_batch):
 @pytest.mark.parametrize("name", ZERO)
 def test_thirty_steps_are_those_of_the_full_batch(bert, reference, name, ranks, micro_batch):
     for seen in run_ranks(ranks, _train, bert, name, micro_batch):
-        assert [digest for digest, _, _ in seen] == [digest for digest, _, _ in reference]
-        losses = np.array([(loss, norm) for _, loss, norm in seen])
-        expected = np.array([(loss, norm) for _, loss, norm in reference])
-        worst = np.abs(losses / expected - 1).max(axis=0)
-        print(f"{name}, {ranks} ranks: loss {worst[0]:.1e} norm {worst[1]:.1e}")
-        assert worst[0] < 1e-6
-        assert worst[1] < 1e-5
+        _assert_is(seen, reference, f"{name}, {ranks} ranks")
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_thirty_steps_with_offload_are_those_of_the_full_batch(bert, reference, name):
+    deepspeed = DeepSpeedOptions(offload="cpu")
+    for seen in run_ranks(2, _train, bert, name, 2, deepspeed):
+        _assert_is(seen, reference, f"{name}, offload")
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_a_users_configuration_is_deepspeeds(bert, reference, name):
+    """Small buckets and sub-groups lay the state out in another way, and change no number."""
+    for seen in run_ranks(2, _train, bert, name, 2, DeepSpeedOptions(config=_small(name))):
+        _assert_is(seen, reference, f"{name}, a user's configuration")
+
+
+def _small(name):
+    return {
+        "train_batch_size": GLOBAL_BATCH,
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {
+            "stage": int(name[-1]),
+            "reduce_bucket_size": 1000,
+            "allgather_bucket_size": 1000,
+            "sub_group_size": 1000,
+            "stage3_param_persistence_threshold": 0,
+        },
+    }
+
+
+def _assert_is(seen, reference, what):
+    """Asserted ten times as close as promised."""
+    assert [digest for digest, _, _ in seen] == [digest for digest, _, _ in reference]
+    losses = np.array([(loss, norm) for _, loss, norm in seen])
+    expected = np.array([(loss, norm) for _, loss, norm in reference])
+    worst = np.abs(losses / expected - 1).max(axis=0)
+    print(f"{what}: loss {worst[0]:.1e} norm {worst[1]:.1e}")
+    assert worst[0] < 1e-6
+    assert worst[1] < 1e-5
 
 
 # -- from every strategy to every other ---------------------------------------------------------
@@ -110,23 +149,25 @@ def _steps(world, strategy, cursor, until):
     return seen
 
 
-def _request(world, listen_fd, folder):
+def _request(world, listen_fd, folder, deepspeed=None):
     # Frozen parameters, and sizes that neither 2 nor 3 ranks divide.
     model = {"freeze": ("bert.embeddings.position_embeddings", "bert.encoder.layer.0.attention")}
-    return tiny.request(world, listen_fd, folder, weight_decay=0.1, model=model)
+    return tiny.request(
+        world, listen_fd, folder, weight_decay=0.1, model=model, deepspeed=deepspeed
+    )
 
 
-def _save(world, listen_fd, folder, name, root):
+def _save(world, listen_fd, folder, name, root, deepspeed=None):
     """10 steps, a checkpoint, 10 more."""
-    strategy = registry.load(name)(_request(world, listen_fd, folder))
+    strategy = registry.load(name)(_request(world, listen_fd, folder, deepspeed))
     cursor = Cursor()
     _steps(world, strategy, cursor, SAVED_AT)
     save_checkpoint(strategy, root, _manifest(strategy, name))
     return _steps(world, strategy, cursor, SAVED_AT + GOES_ON)
 
 
-def _resume(world, listen_fd, folder, name, root):
-    strategy = registry.load(name)(_request(world, listen_fd, folder))
+def _resume(world, listen_fd, folder, name, root, deepspeed=None):
+    strategy = registry.load(name)(_request(world, listen_fd, folder, deepspeed))
     found = load_newest(strategy, root, on_damaged=print)
     assert found is not None
     cursor = Cursor(step=found[1].step, applied=found[1].applied_steps)
@@ -153,9 +194,25 @@ def saved(bert, tmp_path_factory):
 def test_every_strategy_goes_on_from_every_other(bert, saved, origin, to, ranks):
     root, expected = saved(origin)
     for seen in run_ranks(ranks, _resume, bert, to, root):
-        assert [digest for digest, _ in seen] == [digest for digest, _ in expected]
-        losses, wanted = (np.array([loss for _, loss in each]) for each in (seen, expected))
-        assert np.abs(losses / wanted - 1).max() < 1e-5
+        _assert_goes_on(seen, expected)
+
+
+def _assert_goes_on(seen, expected):
+    assert [digest for digest, _ in seen] == [digest for digest, _ in expected]
+    losses, wanted = (np.array([loss for _, loss in each]) for each in (seen, expected))
+    assert np.abs(losses / wanted - 1).max() < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["offload", "a user's configuration"])
+@pytest.mark.parametrize("name", ZERO)
+def test_another_layout_of_the_state_is_the_same_checkpoint(bert, saved, tmp_path, name, layout):
+    deepspeed = DeepSpeedOptions(offload="cpu")
+    if layout != "offload":
+        deepspeed = DeepSpeedOptions(config=_small(name))
+    expected = run_ranks(2, _save, bert, name, tmp_path, deepspeed)[0]
+    _assert_goes_on(run_ranks(3, _resume, bert, "ddp", tmp_path)[0], expected)
+    root, expected = saved("ddp")
+    _assert_goes_on(run_ranks(3, _resume, bert, name, root, deepspeed)[0], expected)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -170,6 +227,99 @@ def test_a_checkpoint_holds_everything_once(bert, saved, name):
             np.testing.assert_allclose(
                 mine.read_whole(kind, tensor), ddp.read_whole(kind, tensor), rtol=1e-4, atol=1e-6
             )
+
+
+# -- a model that is too large for one ----------------------------------------------------------
+
+
+def _anonymous_bytes():
+    """Memory that is this process's own: mapped files are not in it."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in x)
+    return int(line.split()[1]) * 1024
+
+
+def _load_with_zero3(world, listen_fd, folder):
+    """Peak of this rank's own memory above the start, while the model is loaded and split."""
+    request = tiny.request(
+        world, listen_fd, folder, model={"random_weights": False}, precision="bf16"
+    )
+    from ftlaunch.strategies.torch import zero
+
+    start, peak, done = _anonymous_bytes(), 0, threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, _anonymous_bytes() - start)
+
+    # The engine of the optimizer is not the matter here.
+    vars(zero)["TorchZero"] = lambda request, stage, model, *rest: model
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = registry.load("zero3")(request)
+    done.set()
+    watcher.join()
+    largest = model.get_parameter("bert.embeddings.word_embeddings.weight")
+    return peak, sum(p.ds_numel for p in model.parameters()), largest.ds_tensor.numel()
+
+
+def test_a_rank_of_zero3_never_holds_the_whole_model(tmp_path):
+    config = {**tiny.CONFIGS["bert"], "hidden_size": 512, "intermediate_size": 2048}
+    model = transformers.BertForSequenceClassification(
+        transformers.BertConfig(**{**config, "num_hidden_layers": 12, "num_labels": 3})
+    )
+    model.save_pretrained(tmp_path)
+    whole = sum(p.numel() for p in model.parameters()) * 4
+    for peak, elements, part in run_ranks(4, _load_with_zero3, tmp_path):
+        assert elements * 4 == whole
+        assert part == -(-tiny.VOCABULARY * 512 // 4)
+        # A quarter of the weights in bf16 is an eighth of the file; the libraries have some of their own.
+        print(f"peak {peak / 2**20:.0f} MiB of {whole / 2**20:.0f} MiB")
+        assert peak < whole / 2
+
+
+# -- overflow -----------------------------------------------------------------------------------
+
+POISONED = "bert.encoder.layer.1.output.dense.weight"
+
+
+def _overflow(world, listen_fd, folder, name, precision, deepspeed):
+    """One step with a gradient that is infinite on rank 1, and one without."""
+    request = tiny.request(world, listen_fd, folder, precision=precision, deepspeed=deepspeed)
+    strategy = registry.load(name)(request)
+    model = strategy.model if name == "ddp" else strategy._engine.module
+    parameter = model.get_parameter(POISONED)
+    hook = parameter.register_hook(
+        lambda gradient: gradient * (float("inf") if world.rank == 1 else 1.0)
+    )
+    outcomes = []
+
+    def after_step(report):
+        outcomes.append(report.outcome)
+        hook.remove()
+        return False
+
+    windows = tiny.windows(
+        world, tiny.random_table(SAMPLES), global_batch=GLOBAL_BATCH, micro_batch=2
+    )
+    cursor = Cursor()
+    train(
+        *(strategy, windows, _schedule(), cursor),
+        total_steps=2,
+        stop_requested=lambda: False,
+        after_step=after_step,
+    )
+    return [(outcome.applied, outcome.culprit) for outcome in outcomes], cursor.applied
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("offload", [None, "cpu"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_an_overflow_on_one_rank_is_skipped_by_all_and_named(bert, name, offload, precision):
+    deepspeed = DeepSpeedOptions(offload=offload)
+    for outcomes, applied in run_ranks(2, _overflow, bert, name, precision, deepspeed):
+        assert outcomes == [(False, POISONED), (True, None)]
+        assert applied == 1
 
 
 # -- in lower precision, and as a user does -----------------------------------------------------

@@ -15,7 +15,7 @@ from ftlaunch.strategies.base import StrategyRequest
 from ftlaunch.strategies.data.batches import Collator
 from ftlaunch.strategies.data.sample_order import SampleOrder
 from ftlaunch.strategies.loop import Windows
-from ftlaunch.strategies.options import JobOptions, ModelOptions, TrainOptions
+from ftlaunch.strategies.options import DeepSpeedOptions, JobOptions, ModelOptions, TrainOptions
 
 VOCABULARY = 120
 
@@ -88,6 +88,7 @@ def request(
     regression: bool = False,
     precision: Any = "fp32",
     model: dict[str, Any] | None = None,
+    deepspeed: DeepSpeedOptions | None = None,
     **train: Any,
 ) -> StrategyRequest:
     """What creates a strategy for a tiny model with random weights and no dropout."""
@@ -101,6 +102,7 @@ def request(
             }
         ),
         train=TrainOptions(**{"learning_rate": 1e-3, "seed": 7, **train}),
+        deepspeed=deepspeed or DeepSpeedOptions(),
     )
     return StrategyRequest(
         world=world,

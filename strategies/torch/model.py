@@ -21,8 +21,11 @@ from ftlaunch.strategies.options import ModelOptions
 from ftlaunch.strategies.weights import RANDOM_WEIGHT_FAMILIES, draw_weight
 
 
-def load_model(request: StrategyRequest) -> Any:
-    """The model in fp32 on the CPU, identical on every rank. UserError when it cannot be had."""
+def load_model(request: StrategyRequest, *, keep_file_dtype: bool = False) -> Any:
+    """The model in fp32 on the CPU, identical on every rank. UserError when it cannot be had.
+
+    keep_file_dtype   its parameters stay as they are in their files, of which they then are views
+    """
     # Each rank would draw its own bar and its own table of missing weights.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -33,7 +36,8 @@ def load_model(request: StrategyRequest) -> Any:
     if options.random_weights:
         model = _random_model(config, options, seed)
     else:
-        model = _pretrained_model(config, options, seed, trained_head=request.trained_head)
+        dtype = "auto" if keep_file_dtype else torch.float32
+        model = _pretrained_model(config, options, seed, dtype, trained_head=request.trained_head)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     freeze(model, options.freeze)
@@ -88,14 +92,21 @@ def _check_tokenizer_fits(config: Any, request: StrategyRequest) -> None:
         )
 
 
-def _pretrained_model(config: Any, options: ModelOptions, seed: int, *, trained_head: bool) -> Any:
+def _pretrained_model(
+    config: Any,
+    options: ModelOptions,
+    seed: int,
+    dtype: torch.dtype | str,
+    *,
+    trained_head: bool,
+) -> Any:
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             options.name_or_path,
             config=config,
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
-            dtype=torch.float32,
+            dtype=dtype,
             # A head trained for other labels is not an error: it is drawn anew, like a missing one.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -119,7 +130,13 @@ def _pretrained_model(config: Any, options: ModelOptions, seed: int, *, trained_
             f"the model in {options.name_or_path} has no trained head: {', '.join(sorted(missing))} "
             "are missing from its weights. Evaluate a model that was fine-tuned for this task."
         )
+    for name, parameter in model.named_parameters():
+        if name in missing:
+            parameter.data = parameter.data.float()
     draw_parameters(model, missing, seed=seed, initializer_range=_initializer_range(config))
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float()
     return model
 
 

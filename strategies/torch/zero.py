@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from ftlaunch.strategies.base import (
     StrategyRequest,
     TensorSlice,
 )
+from ftlaunch.strategies.deepspeed_config import make_deepspeed_config
 from ftlaunch.strategies.torch.forward import DTYPES, Forward
 from ftlaunch.strategies.torch.group import (
     join_process_group,
@@ -63,46 +64,49 @@ def _create(request: StrategyRequest, stage: int) -> TorchZero:
     # Its own all-reduce over shared memory is for inference. A rank would compile it, for a minute,
     # and one that is killed meanwhile leaves a lock on which every later rank waits for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    model = load_model(request)
+    model = load_model(request, keep_file_dtype=stage == 3)
     # One rank has a group, too: DeepSpeed knows no other way.
     join_process_group(request, device)
     deepspeed.init_distributed(
         dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False
     )
-    return TorchZero(request, stage, model, device, deepspeed)
+    config = make_deepspeed_config(
+        request.options.deepspeed,
+        request.options.train,
+        stage=stage,
+        precision=request.precision,
+        accelerator=request.accelerator,
+        world_size=request.world.size,
+    )
+    if stage == 3:
+        _partition(model, DTYPES[request.precision], device, deepspeed, config)
+    return TorchZero(request, stage, model, device, deepspeed, config)
 
 
-def deepspeed_config(request: StrategyRequest, stage: int) -> dict[str, Any]:
-    """What DeepSpeed is told. Accumulation is ours: to it every micro-batch is one of one."""
-    train = request.options.train
-    config: dict[str, Any] = {
-        "train_batch_size": request.world.size,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": train.max_grad_norm,
-        "zero_optimization": {
-            "stage": stage,
-            "contiguous_gradients": True,
-            # On CPUs there is no second stream to overlap with.
-            "overlap_comm": request.accelerator != "cpu",
-        },
-        # Ours is torch's AdamW, as under ddp.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1 << 60,
-        "bf16": {"enabled": request.precision == "bf16"},
-        "fp16": {"enabled": request.precision == "fp16"},
-    }
-    if request.precision == "fp16":
-        # The arithmetic of `LossScaler`: halve at once, double after a window, never below 1.
-        config["fp16"] |= {
-            "loss_scale": 0,
-            "initial_scale_power": int(np.log2(train.initial_loss_scale)),
-            "loss_scale_window": train.loss_scale_window,
-            "hysteresis": 1,
-            "min_loss_scale": 1,
-        }
-    return config
+def _partition(
+    model: Any, dtype: torch.dtype, device: torch.device, deepspeed: Any, config: dict[str, Any]
+) -> None:
+    """Collective: leave every rank with its part of each parameter, one parameter after the other.
+
+    The model comes as views of the mapped weight files, so that neither the device nor the host ever
+    has more than one whole parameter. What DeepSpeed's engine does by itself needs the whole model on
+    the device first.
+    """
+
+    class OneByOne(torch.nn.Module):
+        def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+                yield parameter
+
+    deepspeed.zero.Init(module=OneByOne(), config_dict_or_path=config, dtype=dtype)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+
+
+def _axes(parameter: Any) -> int:
+    """Of the whole parameter: a part of one is flat."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 class TorchZero:
@@ -115,28 +119,34 @@ class TorchZero:
         model: Any,
         device: torch.device,
         deepspeed: Any,
+        config: dict[str, Any],
     ) -> None:
         train = request.options.train
         self.world = request.world
         self.device = device
         self._forward = Forward(device=device, autocast="fp32", loss=LOSSES[request.loss])
-        decayed = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-        undecayed = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+        trained = [p for p in model.parameters() if p.requires_grad]
         groups = [
-            {"params": decayed, "weight_decay": train.weight_decay},
-            {"params": undecayed, "weight_decay": 0.0},
+            {"params": [p for p in trained if _axes(p) >= 2], "weight_decay": train.weight_decay},
+            {"params": [p for p in trained if _axes(p) < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=train.learning_rate,
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_epsilon,
+            fused=True,
         )
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(request, stage)
+            model=model, optimizer=optimizer, config=config
         )
         self._state = ZeroState(self._engine.module, self._optimizer, stage, request.world)
         self._enabled_scaler = request.precision == "fp16"
+        if self._enabled_scaler:
+            # Its configuration knows powers of two only.
+            self._optimizer.loss_scaler.cur_scale = train.initial_loss_scale
+        self._not_finite: tuple[str, ...] = ()
+        self._watch_overflow()
         self._applied_in_a_row = 0
         self._window_loss = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -170,9 +180,26 @@ class TorchZero:
             loss=float(shared[0]),
             grad_norm=float("inf") if overflow or norm is None else float(norm),
             loss_scale=scale,
-            culprit="a gradient (DeepSpeed does not say whose)" if overflow else None,
+            culprit=self._culprit() if overflow else None,
             stop=shared[1] > 0,
         )
+
+    def _watch_overflow(self) -> None:
+        """DeepSpeed drops the gradients once it has found an overflow: look before."""
+        update = self._optimizer._update_scale
+
+        def update_scale(has_overflow: bool = False) -> None:
+            self._not_finite = self._state.not_finite() if has_overflow else ()
+            update(has_overflow)
+
+        self._optimizer._update_scale = update_scale
+
+    def _culprit(self) -> str:
+        """Collective, after an overflow: the first parameter with a gradient that is not finite."""
+        names = self._state.trained_names
+        flags = np.array([name in self._not_finite for name in names], dtype=np.float64)
+        found = np.flatnonzero(sum_across_ranks(self.world, flags))
+        return names[found[0]] if len(found) else "a gradient (DeepSpeed does not say whose)"
 
     # -- forward and ranks ------------------------------------------------------------------
 

@@ -49,6 +49,27 @@ class ZeroState:
         self._world = world
         self._names = {parameter: name for name, parameter in model.named_parameters()}
 
+    @property
+    def trained_names(self) -> list[str]:
+        """In the order of the model."""
+        return [name for p, name in self._names.items() if p.requires_grad]
+
+    def not_finite(self) -> tuple[str, ...]:
+        """Trained parameters of whose gradient this rank's part is not finite, before the step."""
+        optimizer = self._optimizer
+        groups = optimizer.fp16_groups if self._stage == 3 else optimizer.params_in_partition
+        found = []
+        for number, parameters in enumerate(groups):
+            gradients = optimizer.averaged_gradients.get(number)
+            # With offload they are elsewhere: in the flat vectors of the host.
+            for parameter, gradient in zip(parameters, gradients or (), strict=False):
+                if gradient is not None and not torch.isfinite(gradient).all():
+                    found.append(self._names[parameter])
+        for piece in self._pieces():
+            if piece.flat.grad is not None and not torch.isfinite(piece.of(piece.flat.grad)).all():
+                found.append(piece.name)
+        return tuple(found)
+
     # -- reading ----------------------------------------------------------------------------
 
     def slices(self) -> Iterator[TensorSlice]:
@@ -59,7 +80,32 @@ class ZeroState:
                 vector = self._moments(piece).get(moment)
                 if vector is not None:
                     yield self._slice(piece, moment, piece.of(vector))
-        yield from self._own_share(list(self._untrained()))
+        if self._stage == 3:
+            yield from self._frozen_parts()
+            yield from self._own_share(list(self._buffers()))
+        else:
+            yield from self._own_share([*self._frozen(), *self._buffers()])
+
+    def _frozen_parts(self) -> Iterator[TensorSlice]:
+        """Stage 3 splits frozen parameters like the others, and nobody has to have one whole."""
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad:
+                continue
+            start, count = self._own_part(parameter)
+            if count > 0:
+                yield TensorSlice(
+                    name=name,
+                    kind="weight",
+                    shape=tuple(parameter.ds_shape),
+                    start=start,
+                    values=parameter.ds_tensor.detach()[:count].float().cpu().numpy(),
+                )
+
+    def _own_part(self, parameter: Any) -> tuple[int, int]:
+        """Stage 3: (first element, elements) of this rank's part of a parameter, without padding."""
+        part = parameter.partition_numel()
+        start = min(self._world.rank * part, parameter.ds_numel)
+        return start, min(part, parameter.ds_numel - start)
 
     def _slice(self, piece: _Piece, kind: str, values: torch.Tensor) -> TensorSlice:
         return TensorSlice(
@@ -97,26 +143,26 @@ class ZeroState:
                     assert here.numel == whole.numel
 
     def _pieces_of_parameters(self) -> Iterator[_Piece]:
-        optimizer, rank = self._optimizer, self._world.rank
+        optimizer = self._optimizer
         for flat, group in zip(
             optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True
         ):
             offset = 0
             for parameter in group:
-                part = parameter.partition_numel()
-                start = min(rank * part, parameter.ds_numel)
-                count = min(part, parameter.ds_numel - start)
+                start, count = self._own_part(parameter)
                 if count > 0:
                     shape = tuple(parameter.ds_shape)
                     yield _Piece(self._names[parameter], shape, start, count, flat, offset)
-                offset += part
+                offset += parameter.partition_numel()
 
-    def _untrained(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole tensor) of frozen parameters and buffers. Collective under stage 3."""
+    def _frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole tensor) of frozen parameters. Collective under stage 3."""
         for name, parameter in self._model.named_parameters():
             if not parameter.requires_grad:
                 with self._gathered(parameter):
                     yield name, parameter.detach().clone()
+
+    def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         persistent = self._model.state_dict(keep_vars=True).keys()
         for name, buffer in self._model.named_buffers():
             if name in persistent:
@@ -165,7 +211,7 @@ class ZeroState:
                 dist.all_reduce(whole)
             if keep:
                 found[name] = whole.reshape(shape)
-        for name, tensor in self._untrained():
+        for name, tensor in (*self._frozen(), *self._buffers()):
             if keep:
                 found[name] = tensor.cpu()
         return self._with_aliases(found) if keep else {}
@@ -217,7 +263,8 @@ def _start_in_parameter(mapping: Any, parameter: torch.Tensor) -> int:
 def _new_state(piece: _Piece, optimizer_steps: int) -> dict[str, torch.Tensor]:
     """What AdamW holds of a flat vector after that many steps."""
     zeros = {moment: torch.zeros_like(piece.flat.detach()) for moment in _MOMENTS}
-    return {"step": torch.tensor(float(optimizer_steps), dtype=torch.float32), **zeros}
+    step = torch.tensor(float(optimizer_steps), dtype=torch.float32, device=piece.flat.device)
+    return {"step": step, **zeros}
 
 
 def _copy_piece(reader: StateReader, kind: str, piece: _Piece, vector: torch.Tensor) -> None:
