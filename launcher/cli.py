@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-_COMMANDS = ("eval", "rehearse")
+_COMMANDS = ("eval", "rehearse", "merge")
 _EPILOG = """\
 Everything else is KEY=VALUE, for example train.learning_rate=2e-5 train.num_train_epochs=3
 (all keys: docs/configuration.md), or stands in a YAML file given by --config.
@@ -17,6 +17,7 @@ Everything else is KEY=VALUE, for example train.learning_rate=2e-5 train.num_tra
   ftlaunch ... -o out                             the same command again resumes
   ftlaunch eval out --dataset DIR                 evaluates alone, writes predictions.jsonl
   ftlaunch --nodes 2 script.py --its-own args     your own script on every rank
+  ftlaunch merge out merged/                      a checkpoint as a model, also one of DeepSpeed
   ftlaunch rehearse --nodes 4 --fault kill-rank:3@step5       any of these, with faults on purpose
 
 Exit codes: 0 done, 1 the job failed, 2 a mistake in what was asked for, 75 stopped on request
@@ -56,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="ftlaunch [flags] [KEY=VALUE ...]\n"
         "       ftlaunch [flags] [KEY=VALUE ...] SCRIPT.py [its own arguments]\n"
         "       ftlaunch eval OUT_OR_MODEL [flags] [KEY=VALUE ...]\n"
+        "       ftlaunch merge [--verify] SOURCE TARGET [flags]\n"
         "       ftlaunch rehearse --fault FAULT [flags] [KEY=VALUE ...] [SCRIPT.py ...]",
         description="Fine-tune a pretrained model on every device there is.",
         epilog=_EPILOG,
@@ -106,6 +108,23 @@ def build_eval_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def build_merge_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="ftlaunch merge",
+        usage="ftlaunch merge SOURCE TARGET [--dtype fp32|bf16|fp16] [--model DIR_OR_HUB]\n"
+        "       ftlaunch merge --verify SOURCE TARGET",
+        description="Make a model folder of a checkpoint, in a few megabytes of memory.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a checkpoint, a job's output folder, or DeepSpeed's")
+    add("target", metavar="TARGET", help="the folder to make; with --verify the one to compare")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: fp32)")
+    add("--model", metavar="DIR_OR_HUB", help="where config.json and the tokenizer come from")
+    add("--verify", action="store_true", help="compare every byte, change nothing; 1: they differ")
+    return parser
+
+
 def _add_shared_flags(parser: argparse.ArgumentParser, *, model: bool = True) -> None:
     add = parser.add_argument
     add("--nodes", type=int, metavar="N", help="nodes (without a cluster: processes here)")
@@ -149,6 +168,11 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
     """(command, its arguments). argparse itself ends with exit code 2 for a flag it does not know."""
     if argv and argv[0] == "eval":
         return argv[0], build_eval_parser().parse_intermixed_args(list(argv[1:]))
+    if argv and argv[0] == "merge":
+        arguments = build_merge_parser().parse_args(list(argv[1:]))
+        if arguments.verify and (arguments.dtype or arguments.model):
+            build_merge_parser().error("--verify compares what is there: it takes no other flag")
+        return argv[0], arguments
     rehearses = bool(argv) and argv[0] == "rehearse"
     parser = build_rehearse_parser() if rehearses else build_parser()
     own, script = _split_at_script(parser, list(argv[1:] if rehearses else argv))
@@ -182,6 +206,17 @@ def _split_at_script(
     return argv, []
 
 
+def _function_of(command: str) -> Callable[[argparse.Namespace, dict[str, Any]], int]:
+    if command == "merge":
+        # By itself: it is to need little memory.
+        from ftlaunch.launcher.merge_command import merge
+
+        return merge
+    from ftlaunch.launcher.commands import evaluate, rehearse, train
+
+    return {"run": train, "eval": evaluate, "rehearse": rehearse}[command]
+
+
 def run(argv: Sequence[str]) -> int:
     """The exit code of the command."""
     command, arguments = parse(argv)
@@ -198,11 +233,9 @@ def run(argv: Sequence[str]) -> int:
         FtlaunchError,
         UserError,
     )
-    from ftlaunch.launcher.commands import evaluate, rehearse, train
 
-    commands = {"run": train, "eval": evaluate, "rehearse": rehearse}
     try:
-        return commands[command](arguments, settings_of(arguments))
+        return _function_of(command)(arguments, settings_of(arguments))
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)

@@ -32,6 +32,16 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ITEM_BYTES = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
+# Those of the format that have no array here, or none yet.
+_OTHER_ITEM_BYTES: Mapping[str, int] = {
+    "BF16": 2,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
 # The limit of the safetensors library itself.
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_AXES = 32
@@ -53,6 +63,16 @@ class _Entry:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlace:
+    """Where a tensor lies: `nbytes` from byte `offset` of the file; its dtype as the format names it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
 
 
 class SafetensorsFile:
@@ -84,6 +104,15 @@ class SafetensorsFile:
 
     def dtype(self, name: str) -> np.dtype[Any]:
         return self._entries[name].dtype
+
+    def place(self, name: str) -> TensorPlace:
+        entry = self._entries[name]
+        return TensorPlace(
+            dtype=_DTYPE_NAMES[entry.dtype],
+            shape=entry.shape,
+            offset=self._data_start + entry.begin,
+            nbytes=entry.end - entry.begin,
+        )
 
     def tensor(self, name: str) -> NDArray[Any]:
         """Read-only view of the file. KeyError for a name that is not in `names`."""
@@ -120,15 +149,43 @@ def write_file(
 
 def open_file(path: Path) -> SafetensorsFile:
     """Check the header against the file. FileDamaged for anything wrong; OSError passes."""
+    header, metadata, data_start, size = _open_header(path)
+    entries: dict[str, _Entry] = {}
+    for name, value in header.items():
+        dtype_name, shape, begin, end = _check_entry(path, name, value, _ITEM_BYTES)
+        entries[name] = _Entry(dtype=_DTYPES[dtype_name], shape=shape, begin=begin, end=end)
+    _check_coverage(path, {n: (e.begin, e.end) for n, e in entries.items()}, size - data_start)
+    return SafetensorsFile(path, metadata, entries, data_start, size)
+
+
+def read_places(path: Path) -> dict[str, TensorPlace]:
+    """Where every tensor lies, of any dtype of the format; reads the header alone.
+
+    FileDamaged for anything wrong; OSError passes.
+    """
+    header, _, data_start, size = _open_header(path)
+    places: dict[str, TensorPlace] = {}
+    known = {**_ITEM_BYTES, **_OTHER_ITEM_BYTES}
+    for name, value in header.items():
+        dtype, shape, begin, end = _check_entry(path, name, value, known)
+        places[name] = TensorPlace(
+            dtype=dtype, shape=shape, offset=data_start + begin, nbytes=end - begin
+        )
+    spans = {
+        n: (p.offset - data_start, p.offset - data_start + p.nbytes) for n, p in places.items()
+    }
+    _check_coverage(path, spans, size - data_start)
+    return places
+
+
+def _open_header(path: Path) -> tuple[dict[str, Any], Mapping[str, str], int, int]:
+    """(tensor entries as they stand there, metadata, where the data begins, bytes of the file)."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         raw = _read_header(path, file, size)
-    data_start = 8 + len(raw)
     header = _decode_json(path, raw)
     metadata = _check_metadata(path, header.pop(_METADATA, {}))
-    entries = {name: _check_entry(path, name, value) for name, value in header.items()}
-    _check_coverage(path, entries, size - data_start)
-    return SafetensorsFile(path, metadata, entries, data_start, size)
+    return header, metadata, 8 + len(raw), size
 
 
 def _encode_header(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
@@ -186,34 +243,37 @@ def _check_metadata(path: Path, value: object) -> Mapping[str, str]:
     return value
 
 
-def _check_entry(path: Path, name: str, value: object) -> _Entry:
+def _check_entry(
+    path: Path, name: str, value: object, item_bytes: Mapping[str, int]
+) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, first byte, byte after the last), counted from where the data begins."""
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise FileDamaged(path, f"tensor {name!r} lacks dtype, shape or data_offsets")
     dtype_name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
-        known = ", ".join(_DTYPES)
+    if not isinstance(dtype_name, str) or dtype_name not in item_bytes:
+        known = ", ".join(item_bytes)
         raise FileDamaged(path, f"tensor {name!r} has dtype {dtype_name!r}, not one of {known}")
     if not _are_sizes(shape) or len(shape) > _MAX_AXES:
         raise FileDamaged(path, f"tensor {name!r} has shape {shape!r}")
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise FileDamaged(path, f"tensor {name!r} has data_offsets {offsets!r}")
-    dtype, (begin, end) = _DTYPES[dtype_name], offsets
-    if end - begin != math.prod(shape) * dtype.itemsize:
+    begin, end = offsets
+    if end - begin != math.prod(shape) * item_bytes[dtype_name]:
         raise FileDamaged(path, f"tensor {name!r} has {end - begin} bytes, not those of its shape")
-    return _Entry(dtype=dtype, shape=tuple(shape), begin=begin, end=end)
+    return dtype_name, tuple(shape), begin, end
 
 
 def _are_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**48 for v in value)
 
 
-def _check_coverage(path: Path, entries: Mapping[str, _Entry], data_bytes: int) -> None:
+def _check_coverage(path: Path, spans: Mapping[str, tuple[int, int]], data_bytes: int) -> None:
     """Tensors lie one after the other: no overlap, no gap, nothing before or behind them."""
     position = 0
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin != position:
-            problem = "overlaps another" if entry.begin < position else "follows a gap"
+    for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+        if begin != position:
+            problem = "overlaps another" if begin < position else "follows a gap"
             raise FileDamaged(path, f"tensor {name!r} {problem}")
-        position = entry.end
+        position = end
     if position != data_bytes:
         raise FileDamaged(path, f"it holds {data_bytes} bytes of tensors, its header {position}")

@@ -8,6 +8,7 @@ Which ranks or which strategy wrote them does not matter to the reader.
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from ftlaunch.strategies.base import TensorSlice
 from ftlaunch.strategies.checkpoint.manifest import CheckpointDamaged, Manifest
+from ftlaunch.strategies.checkpoint.weights import Run, Weight
 from ftlaunch.strategies.safetensors_file import (
     FileDamaged,
     SafetensorsFile,
@@ -114,6 +116,28 @@ class CheckpointReader:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.float32)
 
+    def runs(self, kind: str, name: str) -> tuple[str, tuple[Run, ...]]:
+        """(dtype as safetensors names it, where the bytes lie in order) of a whole tensor."""
+        shape = self.names(kind).get(name)
+        slices = self._slices.get((kind, name), [])
+        position = 0
+        found: list[Run] = []
+        dtypes: set[str] = set()
+        for run in slices:
+            if run.start != position:
+                break
+            place = run.file.place(run.key)
+            found.append(Run(run.file.path, place.offset, place.nbytes, run.crc32))
+            dtypes.add(place.dtype)
+            position = run.stop
+        if shape is None or position != math.prod(shape) or len(found) < len(slices):
+            raise CheckpointDamaged(
+                self.folder, f"{kind} of {name} is there up to element {position} of {shape}"
+            )
+        if len(dtypes) != 1:
+            raise CheckpointDamaged(self.folder, f"{kind} of {name} has dtypes {sorted(dtypes)}")
+        return dtypes.pop(), tuple(found)
+
     def read_whole(self, kind: str, name: str) -> NDArray[Any]:
         """The tensor in its own shape."""
         shape = self.names(kind).get(name)
@@ -132,6 +156,21 @@ class CheckpointReader:
                 )
             self._verified.add(seen)
         return values
+
+
+def checkpoint_weights(folder: Path, manifest: Manifest) -> tuple[Weight, ...]:
+    """The weights of a checkpoint as runs of bytes with their checksums; reads headers alone.
+
+    Other names of shared weights (`manifest.aliases`) are not among them. CheckpointDamaged when
+    elements are missing.
+    """
+    reader = CheckpointReader(folder, manifest)
+    weights = []
+    for name, shape in reader.names("weight").items():
+        if name not in manifest.aliases:
+            dtype, runs = reader.runs("weight", name)
+            weights.append(Weight(name=name, dtype=dtype, shape=shape, runs=runs))
+    return tuple(weights)
 
 
 def _checksum(values: NDArray[Any]) -> int:

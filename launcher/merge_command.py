@@ -1,0 +1,184 @@
+"""`ftlaunch merge`: a checkpoint becomes a folder that `from_pretrained` loads; or is compared with one."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TextIO
+
+from ftlaunch.cluster.errors import EXIT_DONE, EXIT_FAILED, UserError
+from ftlaunch.launcher.merge_target import new_folder
+from ftlaunch.launcher.wording import one_line
+from ftlaunch.strategies.checkpoint.conversion import SaveDtype
+from ftlaunch.strategies.checkpoint.manifest import CheckpointDamaged
+from ftlaunch.strategies.checkpoint.merge import (
+    Written,
+    compare_weights,
+    write_weights,
+    written_bytes,
+)
+from ftlaunch.strategies.checkpoint.model_files import (
+    check_shapes,
+    copy_model_files,
+    model_files,
+    model_folder,
+)
+from ftlaunch.strategies.checkpoint.sources import Source, open_source
+from ftlaunch.strategies.model_config import absolute_path
+from ftlaunch.strategies.safetensors_file import FileDamaged
+
+# Headers, configuration, tokenizer and what the file system itself needs.
+_BESIDE_WEIGHTS_BYTES = 1 << 20
+_SHOWN_DIFFERENCES = 10
+_BAR_INTERVAL_SECONDS = 0.2
+_BAR_WIDTH = 30
+
+
+def merge(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
+    """Exit code 0; with --verify 1 when something differs. UserError for what cannot be merged."""
+    source_path, target = absolute_path(arguments.source), absolute_path(arguments.target)
+    try:
+        with _sigterm_as_ctrl_c():
+            if arguments.verify:
+                return _verify(source_path, target)
+            _merge(source_path, target, arguments.dtype or "fp32", arguments.model)
+            return EXIT_DONE
+    except CheckpointDamaged as error:
+        raise UserError(f"{error}. Copy it anew, or merge another checkpoint.") from None
+
+
+def _merge(source_path: Path, target: Path, dtype: SaveDtype, model: str | None) -> None:
+    started = time.monotonic()
+    source = open_source(source_path)
+    for line in (source.what, *source.notes):
+        print(one_line(line))
+    if not source.weights:
+        raise UserError(f"{source_path} has no weights. Merge another checkpoint.")
+    beside = _model_of(source, model)
+    if beside is not None:
+        check_shapes(source.weights, beside[0])
+    with new_folder(target) as folder:
+        _check_space(source, folder, target, dtype)
+        with _Bar(sys.stderr) as bar:
+            written = write_weights(source.weights, folder, dtype=dtype, on_progress=bar.show)
+        if beside is not None:
+            copy_model_files(*beside, folder, dtype=dtype)
+    for line in _end(written, target, dtype, beside, time.monotonic() - started):
+        print(one_line(line))
+
+
+def _model_of(source: Source, model: str | None) -> tuple[Path, tuple[str, ...]] | None:
+    """The folder and names of what stands beside the weights; --model goes before what is there."""
+    if model is None:
+        return source.model
+    folder = model_folder(model)
+    return folder, model_files(folder)
+
+
+def _check_space(source: Source, folder: Path, target: Path, dtype: SaveDtype) -> None:
+    needed = written_bytes(source.weights, dtype) + _BESIDE_WEIGHTS_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"the disk has no space for {target}: {needed:,} bytes are needed, {free:,} are free. Free "
+            "some space, or choose another place or a smaller dtype."
+        )
+
+
+def _end(
+    written: Written,
+    target: Path,
+    dtype: SaveDtype,
+    beside: tuple[Path, tuple[str, ...]] | None,
+    seconds: float,
+) -> Iterator[str]:
+    if written.overflowed is not None:
+        yield f"{written.overflowed} has numbers too large for fp16, which are infinite now: use bf16 or fp32"
+    if beside is None:
+        yield (
+            "config.json is missing, since the checkpoint has none: merge again with --model, or "
+            f"copy config.json and the tokenizer into {target}"
+        )
+    yield (
+        f"wrote {target}: {written.num_tensors:,} tensors, {written.num_parameters:,} parameters, "
+        f"{written.num_bytes:,} bytes, {dtype}, {seconds:.1f} s"
+    )
+
+
+def _verify(source_path: Path, target: Path) -> int:
+    started = time.monotonic()
+    source = open_source(source_path)
+    print(one_line(source.what))
+    if not any(target.glob("*.safetensors")):
+        raise UserError(f"{target} has no safetensors files. Pass the folder that a merge made.")
+    differences: list[str] = []
+    try:
+        with _Bar(sys.stderr) as bar:
+            for line in compare_weights(source.weights, target, on_progress=bar.show):
+                differences.append(line)
+    except FileDamaged as error:
+        raise UserError(f"{error}. Merge again.") from None
+    for line in differences[:_SHOWN_DIFFERENCES]:
+        print(one_line(line))
+    if len(differences) > _SHOWN_DIFFERENCES:
+        print(f"and {len(differences) - _SHOWN_DIFFERENCES:,} more")
+    seconds = time.monotonic() - started
+    if differences:
+        print(f"{one_line(str(target))} differs in {len(differences):,} tensors, {seconds:.1f} s")
+        return EXIT_FAILED
+    print(
+        f"{one_line(str(target))} is the same: {len(source.weights):,} tensors compared, {seconds:.1f} s"
+    )
+    return EXIT_DONE
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """So that both remove what is unfinished."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Bar:
+    """One line on a terminal, nothing elsewhere. Not rich: it would take half of the memory."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._on = stream.isatty()
+        self._shown_at = 0.0
+        self._started = time.monotonic()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._on and self._shown_at:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
+    def show(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if not self._on or now - self._shown_at < _BAR_INTERVAL_SECONDS:
+            return
+        self._shown_at = now
+        filled = _BAR_WIDTH * done // max(1, total)
+        rate = done / max(1e-9, now - self._started)
+        bar = "━" * filled + " " * (_BAR_WIDTH - filled)
+        self._stream.write(
+            f"\r\x1b[K{bar} {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s"
+        )
+        self._stream.flush()

@@ -1,0 +1,177 @@
+"""What a model has beside its weights: config.json, the tokenizer and the like.
+
+Finds them, copies them, fits config.json's dtype to the weights, and checks the weights' shapes
+against a model without reading its weights. Knows no framework.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ftlaunch.cluster.errors import UserError
+from ftlaunch.strategies.checkpoint.conversion import TORCH_NAMES, SaveDtype
+from ftlaunch.strategies.checkpoint.weights import Weight
+from ftlaunch.strategies.safetensors_file import FileDamaged, read_places
+
+CONFIG_NAME = "config.json"
+# By name, so that neither weights nor a trainer's own files come along.
+_PATTERNS = (
+    CONFIG_NAME,
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer*.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "bpe.codes",
+    "chat_template*.json",
+    "chat_template*.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "*.model",
+    "*.tiktoken",
+)
+# Code of the model's own, which config.json's auto_map names.
+_CODE = ("configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py")
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "word_embeddings.weight",
+    "wte.weight",
+    "tok_embeddings.weight",
+)
+
+
+def model_files(folder: Path) -> tuple[str, ...]:
+    """Names of the files in `folder` that a finished model has beside its weights."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return tuple(n for n in names if any(fnmatch.fnmatchcase(n, p) for p in (*_PATTERNS, *_CODE)))
+
+
+def model_folder(name: str) -> Path:
+    """The folder of --model: as it stands, or downloaded from the hub without its weights.
+
+    UserError when there is none, or it has no config.json.
+    """
+    folder = Path(name).expanduser()
+    if not folder.exists() and not name.startswith(("/", ".", "~")):
+        folder = _from_hub(name)
+    if not (folder / CONFIG_NAME).is_file():
+        state = "has no config.json" if folder.is_dir() else "is no folder"
+        raise UserError(
+            f"the model {name} {state}. --model takes a folder with config.json and the tokenizer, "
+            "or the name of a model on the hub."
+        )
+    return folder
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*_PATTERNS, *_CODE]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the model {name!r} is neither a folder here nor could it be had from the hub: {reason} "
+            "Check the name, or pass the path of a folder with config.json."
+        ) from None
+
+
+def copy_model_files(
+    source: Path, names: Sequence[str], target: Path, *, dtype: SaveDtype
+) -> tuple[str, ...]:
+    """Copy into an existing folder, synced to the disk; config.json says `dtype` then. The names."""
+    for name in names:
+        if name == CONFIG_NAME:
+            text = json.dumps(with_dtype(_read_config(source), dtype), indent=2) + "\n"
+            (target / name).write_text(text, encoding="utf-8")
+        else:
+            shutil.copyfile(source / name, target / name)
+        with open(target / name, "rb") as file:
+            os.fsync(file.fileno())
+    return tuple(names)
+
+
+def with_dtype(config: Mapping[str, Any], dtype: SaveDtype) -> dict[str, Any]:
+    """A config.json that says `dtype`, under the key it had: transformers 5 writes "dtype", 4 "torch_dtype".
+
+    Parts of the model that have a configuration of their own (text_config) follow.
+    """
+    changed = dict(config)
+    for name, value in config.items():
+        if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
+            changed[name] = with_dtype(value, dtype)
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    return changed | dict.fromkeys(keys, TORCH_NAMES[dtype])
+
+
+def check_shapes(weights: Sequence[Weight], folder: Path) -> None:
+    """UserError when the weights do not fit the model in `folder`.
+
+    With safetensors weights there: every name that both have must have one shape (their headers are
+    read, not their data), also when one side has the names below a prefix such as "bert.". Without:
+    the input embedding against vocab_size and hidden_size of config.json, where both can be told.
+    """
+    known: dict[str, tuple[int, ...]] = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            known |= {name: place.shape for name, place in read_places(path).items()}
+    except FileDamaged as error:
+        raise UserError(f"{error}. It is a file of --model: repair or remove it.") from None
+    differences = []
+    for weight in weights:
+        shape = known.get(_name_in(known, weight.name), weight.shape)
+        if shape != weight.shape:
+            differences.append(f"{weight.name} has shape {weight.shape}, there {shape}")
+    if not known:
+        differences = _against_config(weights, _read_config(folder))
+    if differences:
+        more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise UserError(
+            f"the checkpoint does not fit the model {folder}: {'; '.join(differences[:3])}{more}. "
+            "Pass the --model that was trained, or one of the same configuration."
+        )
+
+
+def _name_in(known: Mapping[str, object], name: str) -> str:
+    """As `known` has it: with the first part of the name, without it, or with one more."""
+    if name in known:
+        return name
+    shorter = name.partition(".")[2]
+    if shorter in known:
+        return shorter
+    longer = [each for each in known if each.partition(".")[2] == name]
+    return longer[0] if len(longer) == 1 else name
+
+
+def _against_config(weights: Sequence[Weight], config: Mapping[str, Any]) -> list[str]:
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, dict) else config
+    width = config.get("embedding_size", config.get("hidden_size", config.get("n_embd")))
+    expected = (config.get("vocab_size"), width)
+    if not all(isinstance(size, int) for size in expected):
+        return []
+    return [
+        f"{weight.name} has shape {weight.shape}, by its config.json {expected}"
+        for weight in weights
+        if weight.name.endswith(_EMBEDDINGS) and weight.shape != expected
+    ]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder / CONFIG_NAME} cannot be read ({error}). Repair it.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG_NAME} holds no JSON object. Repair it.")
+    return config

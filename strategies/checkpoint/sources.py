@@ -1,0 +1,97 @@
+"""Whose checkpoint a folder holds, told by looking: ours, a job's output folder, or DeepSpeed's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ftlaunch.cluster.errors import UserError
+from ftlaunch.strategies.checkpoint.deepspeed_files import find_tag_folder
+from ftlaunch.strategies.checkpoint.deepspeed_layout import deepspeed_weights
+from ftlaunch.strategies.checkpoint.manifest import (
+    MANIFEST_NAME,
+    MODEL_FOLDER,
+    CheckpointDamaged,
+    read_manifest,
+)
+from ftlaunch.strategies.checkpoint.model_files import CONFIG_NAME, model_files
+from ftlaunch.strategies.checkpoint.retention import checkpoint_folders
+from ftlaunch.strategies.checkpoint.store import checkpoint_weights
+from ftlaunch.strategies.checkpoint.weights import Weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A checkpoint that can be merged.
+
+    what     a line for the user: which checkpoint, of what kind
+    model    the folder with config.json and the tokenizer, and the names of these files; or None
+    notes    further lines for the user
+    """
+
+    what: str
+    weights: tuple[Weight, ...]
+    model: tuple[Path, tuple[str, ...]] | None
+    notes: tuple[str, ...]
+
+
+def open_source(folder: Path) -> Source:
+    """Reads headers alone. UserError when there is no checkpoint, or none that is whole."""
+    if not folder.exists():
+        raise UserError(f"the checkpoint {folder} does not exist. Check the path.")
+    if not folder.is_dir():
+        raise UserError(f"the checkpoint {folder} is a file; pass the folder that it is in.")
+    if (folder / MANIFEST_NAME).is_file():
+        return _own(folder, ())
+    if checkpoints := checkpoint_folders(folder / "checkpoints") or checkpoint_folders(folder):
+        return _newest(checkpoints)
+    tag_folder = find_tag_folder(folder)
+    if tag_folder is not None:
+        return _deepspeed(tag_folder)
+    raise UserError(
+        f"{folder} holds no checkpoint: neither manifest.json nor a folder checkpoints/ of ftlaunch, "
+        f"and neither latest nor *_states.pt of DeepSpeed.{_hint(folder)} Pass a checkpoint's folder, "
+        "or the output folder of a job."
+    )
+
+
+def _hint(folder: Path) -> str:
+    below = sorted(path.parent.name for path in folder.glob("*/latest"))
+    return f" Below it are {', '.join(below[:5])}." if below else ""
+
+
+def _newest(checkpoints: Sequence[Path]) -> Source:
+    """The newest whole one; what is wrong with newer ones is told."""
+    notes: list[str] = []
+    for folder in checkpoints:
+        try:
+            return _own(folder, notes)
+        except CheckpointDamaged as error:
+            notes.append(str(error))
+    raise UserError(f"no checkpoint is whole: {'; '.join(notes)}. Pass another folder.")
+
+
+def _own(folder: Path, notes: Sequence[str]) -> Source:
+    manifest = read_manifest(folder)
+    names = tuple(manifest.model_files)
+    return Source(
+        what=f"{folder}: step {manifest.step:,}, written by {manifest.world_size} rank(s) under "
+        f"{manifest.strategy}",
+        weights=checkpoint_weights(folder, manifest),
+        model=(folder / MODEL_FOLDER, names) if CONFIG_NAME in names else None,
+        notes=tuple(notes),
+    )
+
+
+def _deepspeed(folder: Path) -> Source:
+    found = deepspeed_weights(folder)
+    kind = f"ZeRO-{found.stage}" if found.stage else "no ZeRO"
+    # The HF Trainer puts the model's files beside the tag folder, and some put them into it.
+    places = [place for place in (folder, folder.parent) if (place / CONFIG_NAME).is_file()]
+    return Source(
+        what=f"{folder}: DeepSpeed, {kind}, written by {found.num_ranks} rank(s)",
+        weights=found.weights,
+        model=(places[0], model_files(places[0])) if places else None,
+        notes=found.notes,
+    )
