@@ -13,12 +13,13 @@ import importlib.util
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ftlaunch.cluster.ascend import cann_version, find_npus
+from ftlaunch.cluster.control_groups import control_groups, memory_limit, read_text
 from ftlaunch.cluster.device import Device
 from ftlaunch.cluster.errors import UserError
 
@@ -118,7 +119,7 @@ def detect_machine(environ: Mapping[str, str], root: Path = Path("/")) -> Machin
 
     notes: list[str] = []
     versions = _find_versions()
-    memory_bytes = _memory_bytes(root)
+    memory_bytes = memory_limit(root)
     gpus, nvidia_driver = find_gpus(environ, memory_bytes, notes)
     npus, ascend_driver = find_npus(environ, root, notes)
     if cann := cann_version(environ, root):
@@ -194,7 +195,7 @@ def check_framework(machine: Machine) -> None:
 
 def _find_cpu(root: Path, memory_bytes: int) -> Device:
     fields: dict[str, str] = {}
-    for line in _read(root / "proc/cpuinfo").splitlines():
+    for line in read_text(root / "proc/cpuinfo").splitlines():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
     flags = {*fields.get("flags", "").split(), *fields.get("Features", "").split()}
@@ -209,37 +210,14 @@ def _find_cpu(root: Path, memory_bytes: int) -> Device:
 
 def _cpu_cores(root: Path) -> int:
     cores = float(len(os.sched_getaffinity(0)))
-    for folder in _control_groups(root, "cpu"):
+    for folder in control_groups(root, "cpu"):
         # v2 keeps quota and period in one file, v1 in two; "max" and -1 are no limit.
-        words = _read(folder / "cpu.max").split() or [
-            _read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
+        words = read_text(folder / "cpu.max").split() or [
+            read_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
         ]
         if len(words) == 2 and all(word.isdecimal() for word in words) and int(words[1]) > 0:
             cores = min(cores, int(words[0]) / int(words[1]))
     return max(1, int(cores))
-
-
-def _memory_bytes(root: Path) -> int:
-    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for folder in _control_groups(root, "memory"):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            if (limit := _read(folder / name).strip()).isdecimal():
-                size = min(size, int(limit))
-    return size
-
-
-def _control_groups(root: Path, controller: str) -> Iterator[Path]:
-    """Folders of the control groups this process is in: a limit may stand on any of them."""
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, group = rest.partition(":")
-        # Version 2 has one line without controllers, version 1 a tree for each.
-        if controllers and controller not in controllers.split(","):
-            continue
-        tree = root / "sys/fs/cgroup" / (controller if controllers else "")
-        inner = PurePosixPath(group.lstrip("/"))
-        # In a container the path may be the host's: only the root of the tree is then there.
-        yield from (tree / path for path in (inner, *inner.parents))
 
 
 def _find_versions() -> dict[str, str]:
@@ -251,7 +229,7 @@ def _find_versions() -> dict[str, str]:
             continue
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.origin is not None:
-        text = _read(Path(spec.origin).with_name("version.py"))
+        text = read_text(Path(spec.origin).with_name("version.py"))
         if found := re.search(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE):
             versions["torch_cuda"] = found[1]
     return versions
@@ -268,11 +246,3 @@ def _code_fingerprint() -> str:
             content = path.read_bytes()
             digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:12]
-
-
-def _read(path: Path) -> str:
-    """The text of a small file, empty when it cannot be read."""
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""

@@ -333,6 +333,8 @@ def _evaluated_line(message: Evaluated) -> str:
 
 def _saved_line(message: Saved) -> str:
     seconds = duration(message.seconds)
+    if message.blocked_seconds < message.seconds:
+        seconds += f", training waited {duration(message.blocked_seconds)}"
     return f"checkpoint of step {message.step:,} saved: {one_line(message.path)} ({seconds})"
 
 

@@ -81,6 +81,7 @@ class StepOutcome:
     grad_norm   global L2 norm before clipping; not finite when `applied` is False
     culprit     the first parameter with a non-finite gradient, when `applied` is False
     stop        some rank was asked to stop
+    saving      the sum of what the ranks said of the checkpoint that they write
     """
 
     applied: bool
@@ -89,6 +90,7 @@ class StepOutcome:
     loss_scale: float
     culprit: str | None
     stop: bool
+    saving: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,8 +129,11 @@ class Strategy(Protocol):
     def accumulate(self, batch: Batch, total_items: float, *, last: bool) -> None:
         """Collective if `last`: forward and backward of this rank's share of the global mean loss."""
 
-    def apply(self, learning_rate: float, *, stop: bool) -> StepOutcome:
-        """Collective: agree on overflow, clip, step, clear the gradients."""
+    def apply(self, learning_rate: float, *, stop: bool, saving: float) -> StepOutcome:
+        """Collective: agree on overflow, clip, step, clear the gradients.
+
+        stop, saving   what this rank has to tell the others, in the exchange that there is anyway
+        """
 
     def predict(self, batch: Batch) -> NDArray[np.float32]:
         """Collective (every rank the same number of calls): logits, (rows, outputs)."""
@@ -144,8 +149,11 @@ class Strategy(Protocol):
     def loss_scale_state(self) -> Mapping[str, float]:
         """What the manifest keeps of the loss scaler."""
 
-    def save_model(self, folder: str, *, dtype: str) -> None:
-        """Collective: write config.json and safetensors weights that `from_pretrained` loads."""
+    def aliases(self) -> Mapping[str, str]:
+        """Other names of weights that several modules share → the name that `state_slices` has."""
+
+    def model_files(self) -> Mapping[str, bytes]:
+        """What a model's folder has beside its weights, by name: config.json and the like."""
 
     def peak_memory_bytes(self) -> int:
         """The most memory this rank's training has held."""

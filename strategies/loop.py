@@ -68,6 +68,7 @@ def train(
     *,
     total_steps: int,
     stop_requested: Callable[[], bool],
+    saving: Callable[[], float] = lambda: 0.0,
     after_step: Callable[[StepReport], bool],
 ) -> None:
     """Collective: train from `cursor` to `total_steps`, or until `after_step` says to end."""
@@ -78,7 +79,7 @@ def train(
         for batch, last in windows.micro_batches(indices, cursor.step):
             strategy.accumulate(batch, total_items, last=last)
         learning_rate = schedule.learning_rate(cursor.applied)
-        outcome = strategy.apply(learning_rate, stop=stop_requested())
+        outcome = strategy.apply(learning_rate, stop=stop_requested(), saving=saving())
         # A skipped step has used up its samples, but neither the schedule nor the weights moved.
         cursor.step += 1
         cursor.applied += outcome.applied

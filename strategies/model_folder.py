@@ -1,51 +1,50 @@
-"""The finished model: a folder that `from_pretrained` loads, put in place whole or not at all."""
+"""The finished model: a folder that `from_pretrained` loads, put in place whole or not at all.
+
+It is merged from a checkpoint: no rank has to hold the model for it.
+"""
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from ftlaunch.strategies.base import Strategy
-from ftlaunch.strategies.checkpoint.saving import all_or_none
+from ftlaunch.strategies.checkpoint.agreement import all_or_none
+from ftlaunch.strategies.checkpoint.conversion import SaveDtype
+from ftlaunch.strategies.checkpoint.manifest import MODEL_FOLDER, read_manifest
+from ftlaunch.strategies.checkpoint.merge import write_weights
+from ftlaunch.strategies.checkpoint.model_files import copy_model_files
+from ftlaunch.strategies.checkpoint.store import checkpoint_weights
 from ftlaunch.strategies.files import sync_folder
 
 
 def write_model_folder(
-    strategy: Strategy, target: Path, *, tokenizer_files: Sequence[Path], dtype: str
+    strategy: Strategy, checkpoint: Path, target: Path, *, dtype: SaveDtype
 ) -> Path:
-    """Collective: write config, weights and tokenizer, then put the folder in the place of `target`."""
+    """Collective: rank 0 merges the checkpoint and puts the folder in the place of `target`.
+
+    CheckpointDamaged, on rank 0 alone, when its bytes are not those that were written.
+    """
     temporary = target.with_name(f"{target.name}.unfinished")
-    is_main = strategy.world.is_main
 
     def write() -> None:
-        if is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        strategy.save_model(str(temporary), dtype=dtype)
-        if is_main:
-            for path in tokenizer_files:
-                shutil.copyfile(path, temporary / path.name)
-            _make_durable(temporary)
-            _replace(target, temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        manifest = read_manifest(checkpoint)
+        write_weights(checkpoint_weights(checkpoint, manifest), temporary, dtype=dtype)
+        copy_model_files(
+            checkpoint / MODEL_FOLDER, list(manifest.model_files), temporary, dtype=dtype
+        )
+        sync_folder(temporary)
+        _replace(target, temporary)
 
+    is_main = strategy.world.is_main
     try:
-        all_or_none(strategy, write, f"the model {target}")
+        all_or_none(strategy, write if is_main else lambda: None, f"the model {target}")
     finally:
         if is_main:
             shutil.rmtree(temporary, ignore_errors=True)
     return target
-
-
-def _make_durable(folder: Path) -> None:
-    for path in folder.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    sync_folder(folder)
 
 
 def _replace(target: Path, new: Path) -> None:

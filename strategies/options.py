@@ -110,6 +110,8 @@ class CheckpointOptions:
     # Optimizer steps between saves; None saves at the end of every epoch. The end always saves.
     save_steps: PositiveInt | None = None
     save_total_limit: PositiveInt = 2
+    # Training waits for the copy to the host's memory only, not for the disk.
+    async_save: bool = True
     load_best_model_at_end: bool = False
     metric_for_best_model: str = "loss"
     # None: lower is better for loss and *_loss, mse, mae, rmse, perplexity; higher otherwise.

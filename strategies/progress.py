@@ -76,12 +76,17 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
-    """A checkpoint is whole on disk."""
+    """A checkpoint is whole on disk.
+
+    seconds           until it was
+    blocked_seconds   of these, those that training waited for
+    """
 
     kind: ClassVar[str] = "saved"
     step: int
     path: str
     seconds: float
+    blocked_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,9 @@ from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.world import World
 from ftlaunch.strategies import registry
 from ftlaunch.strategies.base import Strategy, StrategyRequest
+from ftlaunch.strategies.checkpoint.agreement import all_or_none
 from ftlaunch.strategies.checkpoint.identity import check_same_job, job_identity
-from ftlaunch.strategies.checkpoint.saving import all_or_none, newest_manifest
+from ftlaunch.strategies.checkpoint.resuming import newest_manifest
 from ftlaunch.strategies.data.batches import Collator
 from ftlaunch.strategies.data.tasks import ModelLabels, load_task
 from ftlaunch.strategies.data.token_cache import Tokens, prepare_tokens

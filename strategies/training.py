@@ -24,9 +24,9 @@ from ftlaunch.strategies.checkpoint.manifest import (
     folder_name,
     read_manifest,
 )
+from ftlaunch.strategies.checkpoint.resuming import load_newest
 from ftlaunch.strategies.checkpoint.retention import prune, remove_unfinished, set_aside_newer
-from ftlaunch.strategies.checkpoint.saving import load_newest, save_checkpoint
-from ftlaunch.strategies.checkpoint.store import CheckpointReader
+from ftlaunch.strategies.checkpoint.saver import Saver, Saving
 from ftlaunch.strategies.data.batches import deal
 from ftlaunch.strategies.data.sample_order import samples_digest
 from ftlaunch.strategies.data.token_cache import Tokens
@@ -103,6 +103,13 @@ class TrainingRun:
         self._skipped_in_a_row = 0
         self._ended_by: str | None = None
         self._root = settings.output_dir / "checkpoints"
+        self._saver = Saver(
+            strategy,
+            self._root,
+            model_files=self._model_files() if strategy.world.is_main else {},
+            beside=options.checkpoint.async_save,
+            on_saved=self._on_saved,
+        )
 
     def run(self) -> Finished:
         """Collective: train to the end or to a stop; the job's last message."""
@@ -117,6 +124,7 @@ class TrainingRun:
                 self._cursor,
                 total_steps=self._total_steps,
                 stop_requested=self._stop_requested,
+                saving=self._saver.say,
                 after_step=self._after_step,
             )
         seconds = time.perf_counter() - started
@@ -137,6 +145,7 @@ class TrainingRun:
     def _after_step(self, report: StepReport) -> bool:
         """True to leave the loop."""
         self._report(report)
+        self._saver.hear(report.outcome.saving)
         self._count_skips(report)
         stop = report.outcome.stop
         if self._evaluation_due() and not stop:
@@ -145,7 +154,7 @@ class TrainingRun:
         wanted = self._settings.options.checkpoint.load_best_model_at_end and is_best
         end = self._best.exhausted or self._cursor.step == self._total_steps
         if stop or end or wanted or self._save_due():
-            self._save()
+            self._save(now=stop or end)
         if stop:
             self._ended_by = "stop"
         return stop or end
@@ -241,16 +250,29 @@ class TrainingRun:
             )
         )
 
-    def _save(self) -> None:
+    def _save(self, *, now: bool) -> None:
+        """`now`: nothing follows that it could be written beside."""
         self._emit(Phase(name="save"))
-        started = time.perf_counter()
-        folder = save_checkpoint(self._strategy, self._root, self._manifest())
+        self._saver.save(self._manifest(), now=now)
+
+    def _on_saved(self, saving: Saving) -> None:
         if self._strategy.world.is_main:
             checkpoint = self._settings.options.checkpoint
             keep = [self._best.best["step"]] if self._best_is_kept() and self._best.best else []
             prune(self._root, keep_newest=checkpoint.save_total_limit, keep_steps=keep)
-        seconds = time.perf_counter() - started
-        self._emit(Saved(step=self._cursor.step, path=str(folder), seconds=seconds))
+        self._emit(
+            Saved(
+                step=saving.manifest.step,
+                path=str(saving.folder),
+                seconds=saving.seconds,
+                blocked_seconds=saving.blocked,
+            )
+        )
+
+    def _model_files(self) -> dict[str, bytes]:
+        """Everything that a finished model has beside its weights."""
+        tokenizer = {path.name: path.read_bytes() for path in self._settings.tokenizer_files}
+        return {**self._strategy.model_files(), **tokenizer}
 
     def _best_is_kept(self) -> bool:
         return self._settings.options.checkpoint.load_best_model_at_end
@@ -324,30 +346,27 @@ class TrainingRun:
     def _write_model(self) -> str:
         """The best step's model where asked for, else the last step's."""
         best = self._best.best
-        if self._best_is_kept() and best is not None and best["step"] != self._cursor.step:
-            self._load_best(int(best["step"]))
-        return str(
-            write_model_folder(
+        step = self._cursor.step
+        if self._best_is_kept() and best is not None:
+            step = int(best["step"])
+        try:
+            folder = write_model_folder(
                 self._strategy,
+                self._root / folder_name(step),
                 self._settings.output_dir / "model",
-                tokenizer_files=self._settings.tokenizer_files,
                 dtype=self._settings.options.model.save_dtype,
             )
-        )
-
-    def _load_best(self, step: int) -> None:
-        folder = self._root / folder_name(step)
-        try:
-            manifest = read_manifest(folder)
-            self._strategy.load_state(
-                CheckpointReader(folder, manifest), optimizer_steps=0, loss_scale={}
-            )
         except CheckpointDamaged as error:
+            hint = "Run the same command again: it goes on from the checkpoint before it."
+            if step != self._cursor.step:
+                hint = (
+                    "Set checkpoint.load_best_model_at_end=false and run the same command again to "
+                    "get the last step's model."
+                )
             raise JobError(
-                f"training is done, but the best checkpoint cannot be loaded: {error}. Set "
-                "checkpoint.load_best_model_at_end=false and run the same command again to get the "
-                "last step's model."
+                f"training is done, but its model cannot be written: {error}. {hint}"
             ) from None
+        return str(folder)
 
     def _finished(
         self, seconds: float, *, stopped: bool, reason: str, model_dir: str | None

@@ -199,7 +199,7 @@ def test_evaluations_saves_and_notes_are_always_shown() -> None:
     for step in (1, 2, 3):
         console.handle(step_done(step))
         console.handle(evaluated(step))
-        console.handle(Saved(step=step, path=f"out/step-{step}", seconds=0.5))
+        console.handle(Saved(step=step, path=f"out/step-{step}", seconds=0.5, blocked_seconds=0.5))
     console.handle(Note(text="slow", warning=True))
     console.handle(finished(stopped=True, reason="SIGTERM"))
     text = out.getvalue()

@@ -46,6 +46,7 @@ from tests.training_jobs import (
     Inputs,
     assert_every_checkpoint_whole,
     assert_same_training,
+    wait_for_checkpoint,
     wait_for_step,
 )
 
@@ -360,7 +361,7 @@ def test_a_coordinator_that_hangs_is_left(inputs, tmp_path):
 def test_a_fork_server_that_hangs_is_ended(inputs, undisturbed, tmp_path):
     out = tmp_path / "out"
     with start(*inputs.command(out, "cluster.heartbeat_timeout_seconds=2")) as process:
-        wait_for_step(process, out, 12)
+        wait_for_checkpoint(process, out, 12)
         (server,) = [pid for pid in processes_of(out) if _name(pid) == SERVER_NAME]
         # Its ranks go on without it: what it cannot tell is that one has ended.
         os.kill(server, signal.SIGSTOP)

@@ -38,6 +38,7 @@ from tests.training_jobs import (
     Inputs,
     assert_every_checkpoint_whole,
     assert_same_training,
+    wait_for_checkpoint,
     wait_for_step,
 )
 
@@ -223,7 +224,7 @@ class Interrupted:
             )
             self.pid = process.pid
             self.intruder = ftlaunch(*inputs.command(self.out, "--overwrite"))
-            wait_for_step(process, self.out, 13)
+            wait_for_checkpoint(process, self.out, 13)
             process.send_signal(signal.SIGTERM)
             self.stopped = finish(process, 60)
         assert_no_process_left(self.out)
@@ -355,7 +356,7 @@ def test_remote_code_is_not_run_unless_asked_for(inputs, tmp_path):
 def test_a_killed_rank_is_restarted_from_the_last_checkpoint(inputs, tmp_path, done):
     out = tmp_path / "out"
     with start(*inputs.command(out)) as process:
-        wait_for_step(process, out, 13)
+        wait_for_checkpoint(process, out, 13)
         os.kill(rank_process(out, 1), signal.SIGKILL)
         result = finish(process, 180)
     assert result.returncode == 0, said(result)
@@ -374,7 +375,7 @@ def test_a_killed_rank_is_restarted_from_the_last_checkpoint(inputs, tmp_path, d
 def test_a_killed_rank_without_restarts_ends_the_job(inputs, tmp_path):
     out = tmp_path / "out"
     with start(*inputs.endless(out, "--max-restarts", 0)) as process:
-        wait_for_step(process, out, 13)
+        wait_for_checkpoint(process, out, 13)
         os.kill(rank_process(out, 1), signal.SIGKILL)
         result = finish(process, 30)
     output = said(result)
@@ -390,7 +391,7 @@ def test_a_killed_rank_without_restarts_ends_the_job(inputs, tmp_path):
 def test_a_killed_agent_is_replaced(inputs, tmp_path, done):
     out = tmp_path / "out"
     with start(*inputs.command(out)) as process:
-        wait_for_step(process, out, 13)
+        wait_for_checkpoint(process, out, 13)
         os.kill(agent_processes(out)[1], signal.SIGKILL)
         result = finish(process, 120)
     assert result.returncode == 0, said(result)
@@ -405,7 +406,7 @@ def test_a_killed_agent_is_replaced(inputs, tmp_path, done):
 def test_a_killed_agent_without_restarts_ends_the_job(inputs, tmp_path):
     out = tmp_path / "out"
     with start(*inputs.endless(out, "--max-restarts", 0)) as process:
-        wait_for_step(process, out, 13)
+        wait_for_checkpoint(process, out, 13)
         os.kill(agent_processes(out)[1], signal.SIGKILL)
         result = finish(process, 30)
     assert result.returncode == 1, said(result)
@@ -420,7 +421,7 @@ def test_a_killed_agent_without_restarts_ends_the_job(inputs, tmp_path):
 def test_a_killed_coordinator_takes_everything_with_it(inputs, tmp_path):
     out = tmp_path / "out"
     with start(*inputs.endless(out)) as process:
-        wait_for_step(process, out, 13)
+        wait_for_checkpoint(process, out, 13)
         # The coordinator, two agents, two ranks.
         assert len(processes_of(out)) >= 5
         process.kill()

@@ -104,7 +104,9 @@ def test_rewind_drops_every_line_after_the_step(tmp_path: Path) -> None:
             recorder.handle(step_done(step, applied=step != 5, culprit="x" if step == 5 else None))
             if step % 2 == 0:
                 recorder.handle(evaluated(step, loss=float(step)))
-                recorder.handle(Saved(step=step, path=f"step-{step}", seconds=0.1))
+                recorder.handle(
+                    Saved(step=step, path=f"step-{step}", seconds=0.1, blocked_seconds=0.1)
+                )
         recorder.restarted("rank 1 was killed")
         recorder.rewind(4)
         assert recorder.totals().eval == {"loss": 4.0}

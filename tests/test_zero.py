@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from ftlaunch.strategies import registry
 from ftlaunch.strategies.checkpoint.manifest import Manifest, read_manifest
-from ftlaunch.strategies.checkpoint.saving import load_newest, save_checkpoint
+from ftlaunch.strategies.checkpoint.resuming import load_newest
+from ftlaunch.strategies.checkpoint.saver import Saver
 from ftlaunch.strategies.checkpoint.store import CheckpointReader
 from ftlaunch.strategies.data.sample_order import samples_digest
 from ftlaunch.strategies.loop import Cursor, train
@@ -162,7 +163,7 @@ def _save(world, listen_fd, folder, name, root, deepspeed=None):
     strategy = registry.load(name)(_request(world, listen_fd, folder, deepspeed))
     cursor = Cursor()
     _steps(world, strategy, cursor, SAVED_AT)
-    save_checkpoint(strategy, root, _manifest(strategy, name))
+    Saver(strategy, root).save(_manifest(strategy, name), now=True)
     return _steps(world, strategy, cursor, SAVED_AT + GOES_ON)
 
 

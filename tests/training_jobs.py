@@ -59,6 +59,12 @@ def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
     wait_until(reached, START_SECONDS, f"step {step}")
 
 
+def wait_for_checkpoint(process: subprocess.Popen[str], out: Path, step: int) -> None:
+    """Until the job has recorded a step and a checkpoint is whole, which takes a moment longer."""
+    wait_for_step(process, out, step)
+    wait_until(lambda: bool(checkpoint_steps(out)), START_SECONDS, "a checkpoint")
+
+
 def assert_every_checkpoint_whole(out: Path) -> list[int]:
     """Read every tensor of every checkpoint, checksums verified; their steps."""
     steps = checkpoint_steps(out)

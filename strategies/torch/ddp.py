@@ -24,7 +24,7 @@ from ftlaunch.strategies.base import (
     TensorSlice,
 )
 from ftlaunch.strategies.loss_scale import LossScaler
-from ftlaunch.strategies.torch.forward import DTYPES, Forward
+from ftlaunch.strategies.torch.forward import Forward
 from ftlaunch.strategies.torch.group import (
     join_process_group,
     leave_process_group,
@@ -33,7 +33,7 @@ from ftlaunch.strategies.torch.group import (
     use_device,
 )
 from ftlaunch.strategies.torch.losses import LOSSES
-from ftlaunch.strategies.torch.model import load_model, save_model
+from ftlaunch.strategies.torch.model import aliases_of, load_model, model_files
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -99,7 +99,7 @@ class TorchDataParallel:
             torch.autograd.backward(loss_sum * factor)
         self._window_loss += loss_sum.detach() / total_items
 
-    def apply(self, learning_rate: float, *, stop: bool) -> StepOutcome:
+    def apply(self, learning_rate: float, *, stop: bool, saving: float) -> StepOutcome:
         gradients = [p.grad for _, p in self._named if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).to(torch.float64)
         shared = torch.stack(
@@ -107,11 +107,12 @@ class TorchDataParallel:
                 self._window_loss,
                 (~torch.isfinite(norm)).to(torch.float64),
                 torch.tensor(float(stop), dtype=torch.float64, device=self.device),
+                torch.tensor(saving, dtype=torch.float64, device=self.device),
             ]
         )
         if self.world.size > 1:
             dist.all_reduce(shared)
-        loss, overflows, stops = shared.tolist()
+        loss, overflows, stops, saving = shared.tolist()
         overflow = overflows > 0
         scale = self._scaler.scale
         grad_norm = float(norm) / scale
@@ -131,6 +132,7 @@ class TorchDataParallel:
             loss_scale=scale,
             culprit=culprit,
             stop=stops > 0,
+            saving=saving,
         )
 
     def _step(
@@ -252,9 +254,11 @@ class TorchDataParallel:
     def loss_scale_state(self) -> Mapping[str, float]:
         return self._scaler.state()
 
-    def save_model(self, folder: str, *, dtype: str) -> None:
-        if self.world.is_main:
-            save_model(self.model, folder, dtype=DTYPES[dtype])
+    def aliases(self) -> Mapping[str, str]:
+        return aliases_of(self.model)
+
+    def model_files(self) -> Mapping[str, bytes]:
+        return model_files(self.model)
 
 
 def _without_buffer_sync() -> dict[str, bool]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
+import copy
 import fnmatch
-import os
-import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.dynamic_module_utils import custom_object_save
 
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.base import StrategyRequest
@@ -207,27 +207,28 @@ def freeze(model: torch.nn.Module, patterns: tuple[str, ...]) -> None:
         parameter.requires_grad_(name not in frozen)
 
 
-def save_model(
-    model: Any, folder: str, *, dtype: torch.dtype, state: dict[str, torch.Tensor] | None = None
-) -> None:
-    """Write config.json and model.safetensors (sharded above 5 GB) in `dtype`. OSError."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    state = model.state_dict() if state is None else state
-    converted = {
-        name: value.to(dtype) if value.is_floating_point() else value
-        for name, value in state.items()
+def aliases_of(model: Any) -> dict[str, str]:
+    """Names in the state dict of weights that have another name among the parameters → that name."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        name: first[id(value)]
+        for name, value in model.state_dict(keep_vars=True).items()
+        if first.get(id(value), name) != name
     }
-    before = model.config.dtype
-    model.config.dtype = dtype
-    try:
-        model.save_pretrained(folder, state_dict=converted, max_shard_size="5GB")
-    except SafetensorError as error:
-        # It wraps what the system says, as text.
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code), folder) from None
-    finally:
-        model.config.dtype = before
+
+
+def model_files(model: Any) -> dict[str, bytes]:
+    """config.json and, where the model has them, its generation settings and its own code."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = torch.float32
+    with tempfile.TemporaryDirectory(prefix="ftlaunch-") as folder:
+        if model._auto_class is not None:
+            custom_object_save(model, folder, config=config)
+        config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 
 
 def _cannot_load(options: ModelOptions, error: Exception) -> UserError:

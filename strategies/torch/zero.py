@@ -34,7 +34,7 @@ from ftlaunch.strategies.torch.group import (
     use_device,
 )
 from ftlaunch.strategies.torch.losses import LOSSES
-from ftlaunch.strategies.torch.model import load_model, save_model
+from ftlaunch.strategies.torch.model import aliases_of, load_model, model_files
 from ftlaunch.strategies.torch.zero_state import ZeroState
 
 
@@ -163,16 +163,15 @@ class TorchZero:
             # Its own count of micro-batches; the boundary is what was set above.
             self._engine.step()
 
-    def apply(self, learning_rate: float, *, stop: bool) -> StepOutcome:
+    def apply(self, learning_rate: float, *, stop: bool, saving: float) -> StepOutcome:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         scale = float(self._optimizer.loss_scale) if self._enabled_scaler else 1.0
         self._engine.step()
         overflow = bool(self._optimizer.overflow)
         norm = self._engine.get_global_grad_norm()
-        shared = sum_across_ranks(
-            self.world, np.array([float(self._window_loss), float(stop)], dtype=np.float64)
-        )
+        mine = np.array([float(self._window_loss), float(stop), saving], dtype=np.float64)
+        shared = sum_across_ranks(self.world, mine)
         self._window_loss.zero_()
         self._applied_in_a_row = 0 if overflow else self._applied_in_a_row + 1
         return StepOutcome(
@@ -181,7 +180,8 @@ class TorchZero:
             grad_norm=float("inf") if overflow or norm is None else float(norm),
             loss_scale=scale,
             culprit=self._culprit() if overflow else None,
-            stop=shared[1] > 0,
+            stop=bool(shared[1] > 0),
+            saving=float(shared[2]),
         )
 
     def _watch_overflow(self) -> None:
@@ -240,7 +240,8 @@ class TorchZero:
             "enabled": 1,
         }
 
-    def save_model(self, folder: str, *, dtype: str) -> None:
-        state = self._state.whole_weights(keep=self.world.is_main)
-        if self.world.is_main:
-            save_model(self._engine.module, folder, dtype=DTYPES[dtype], state=state)
+    def aliases(self) -> Mapping[str, str]:
+        return aliases_of(self._engine.module)
+
+    def model_files(self) -> Mapping[str, bytes]:
+        return model_files(self._engine.module)

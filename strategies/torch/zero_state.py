@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from ftlaunch.cluster.world import World
 from ftlaunch.strategies.base import StateReader, TensorSlice
@@ -189,40 +188,6 @@ class ZeroState:
                     values=values.cpu().numpy(),
                 )
             position += tensor.numel()
-
-    def whole_weights(self, *, keep: bool) -> dict[str, torch.Tensor]:
-        """Collective: every weight in fp32 on the CPU, by its name in the state dict.
-
-        keep   whether this rank wants them; the others only take part
-        """
-        found: dict[str, torch.Tensor] = {}
-        pieces: dict[str, list[_Piece]] = {}
-        for piece in self._pieces():
-            pieces.setdefault(piece.name, []).append(piece)
-        for name, parameter in self._model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            # Disjoint pieces, zeros elsewhere: the sum is exact.
-            whole = torch.zeros(int(np.prod(shape, dtype=np.int64)), dtype=torch.float32)
-            for piece in pieces.get(name, []):
-                whole[piece.start : piece.start + piece.count] = piece.of(piece.flat).float().cpu()
-            if self._world.size > 1:
-                dist.all_reduce(whole)
-            if keep:
-                found[name] = whole.reshape(shape)
-        for name, tensor in (*self._frozen(), *self._buffers()):
-            if keep:
-                found[name] = tensor.cpu()
-        return self._with_aliases(found) if keep else {}
-
-    def _with_aliases(self, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tied weights have several names in the state dict, and one among the parameters."""
-        by_tensor = {id(p): name for p, name in self._names.items()}
-        for name, value in self._model.state_dict(keep_vars=True).items():
-            if name not in found and id(value) in by_tensor:
-                found[name] = found[by_tensor[id(value)]]
-        return found
 
     # -- writing ----------------------------------------------------------------------------
 

@@ -1,0 +1,48 @@
+"""What all ranks have to agree on: whether each of them could, and what rank 0 sees."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from ftlaunch.cluster.errors import JobError, UserError
+from ftlaunch.strategies.base import Strategy
+
+# What a full disk, or a full share of one, says.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def all_or_none(strategy: Strategy, write: Callable[[], None], what: str) -> None:
+    """Collective: write, then agree that every rank could; else the same error on every rank."""
+    failure: OSError | None = None
+    try:
+        write()
+    except OSError as error:
+        failure = error
+    # One place for each rank, so that all of them can name the one that failed.
+    codes = np.zeros(strategy.world.size, dtype=np.float64)
+    codes[strategy.world.rank] = 0 if failure is None else failure.errno or errno.EIO
+    codes = strategy.sum_across_ranks(codes)
+    if np.isin(codes, _FULL).any():
+        raise UserError(
+            f"no space left on the disk while writing {what}. Whole checkpoints, if any, are "
+            "untouched. Free some space, or lower checkpoint.save_total_limit, and run the same "
+            "command again to go on from the last."
+        )
+    if codes.any():
+        rank = int(codes.argmax())
+        raise JobError(f"rank {rank} could not write {what}: {os.strerror(int(codes[rank]))}")
+
+
+def from_main(strategy: Strategy, value: float) -> float:
+    """Collective: rank 0's value."""
+    own = value if strategy.world.is_main else 0.0
+    return float(strategy.sum_across_ranks(np.array([own], dtype=np.float64))[0])
+
+
+def any_rank(strategy: Strategy, flag: bool) -> bool:
+    """Collective: whether the flag is set on any rank."""
+    return bool(strategy.sum_across_ranks(np.array([float(flag)], dtype=np.float64))[0])
