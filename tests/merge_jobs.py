@@ -77,7 +77,7 @@ def write_torch_checkpoint(folder: Path, module: dict[str, Any]) -> Path:
     import torch
 
     folder.mkdir(parents=True)
-    state = {
+    state: dict[str, Any] = {
         "module": module,
         "buffer_names": [],
         "param_shapes": None,

@@ -16,6 +16,7 @@ from safetensors.torch import load_file as load_torch_file
 from safetensors.torch import save_file as save_torch_file
 from transformers import BertConfig, BertForMaskedLM
 
+from ftlaunch.strategies.checkpoint.conversion import SaveDtype
 from ftlaunch.strategies.checkpoint.merge import write_weights
 from ftlaunch.strategies.checkpoint.sources import open_source
 from tests.deepspeed_jobs import BERT, make_checkpoints
@@ -256,7 +257,7 @@ def test_a_large_model_goes_into_shards_with_an_index(saved, tmp_path):
     assert len(shards) > 3
     assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     assert set(written.files) == {*shards, "model.safetensors.index.json"}
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for shard in shards:
         tensors = load_file(tmp_path / shard)
         assert sum(t.nbytes for t in tensors.values()) <= 2000 or len(tensors) == 1
@@ -290,7 +291,9 @@ def test_numbers_of_every_dtype(tmp_path):
         "parameter": torch.nn.Parameter(torch.ones(2)),
     }
     folder = write_torch_checkpoint(tmp_path / "global_step1", module)
-    for dtype, expected_dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    cases: list[tuple[SaveDtype, torch.dtype]]
+    cases = [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+    for dtype, expected_dtype in cases:
         target = tmp_path / dtype
         target.mkdir()
         write_weights(open_source(folder).weights, target, dtype=dtype)
