@@ -1,12 +1,13 @@
 """Merging a ZeRO checkpoint beside DeepSpeed's zero_to_fp32: time and peak memory, turn by turn.
 
     python -m benchmarks.merge
-    python -m benchmarks.merge --parameters 2e9 --no-moments --rounds 1
+    python -m benchmarks.merge --parameters 2e9 --no-moments --no-peer --rounds 1
 
 For stages 2 and 3 it writes a checkpoint of 4 ranks in DeepSpeed's layout, then each side makes the
 same safetensors file of it, in a process of its own, and every byte of the tensors is compared.
 Peak memory is what the process says of itself at its end (VmHWM). A checkpoint of 5e8 parameters
-takes 8 GB (without AdamW's moments 3 GB), and each side's result 2 GB; all of it is removed.
+takes 7 GB (without AdamW's moments 3 GB), and each side's result 2 GB; all of it is removed. Without
+the peer, which needs 16 GiB of memory for 2e9 parameters, ours is compared by `ftlaunch merge --verify`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _OURS = (
     "import sys; from ftlaunch.launcher.cli import run; "
     "assert run(['merge', sys.argv[1], sys.argv[2]]) == 0"
 )
+_VERIFY = _OURS.replace("['merge',", "['merge', '--verify',")
 # As `python zero_to_fp32.py FOLDER TARGET --safe_serialization` runs it.
 _PEER = (
     "import runpy, sys; import importlib.util as u; "
@@ -70,13 +72,16 @@ def run_stage(
     words.append("--moments" if options.moments else "--no-moments")
     command = [sys.executable, "-m", "benchmarks.zero_files", *words]
     written = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    runs: dict[str, list[Measurement]] = {side: [] for side in _SIDES}
+    sides = list(_SIDES) if options.peer else ["ours"]
+    runs: dict[str, list[Measurement]] = {side: [] for side in sides}
     for number in range(options.rounds):
-        targets = {side: folder / f"{side}-{number}" for side in _SIDES}
-        for side in list(_SIDES) if number % 2 == 0 else list(_SIDES)[::-1]:
+        targets = {side: folder / f"{side}-{number}" for side in sides}
+        for side in sides if number % 2 == 0 else sides[::-1]:
             runs[side].append(run_side(_SIDES[side], source, targets[side]))
-        if number == 0:
+        if number == 0 and options.peer:
             compare(targets["zero_to_fp32"], targets["ours"])
+        elif number == 0:
+            run_side(_VERIFY, source, targets["ours"])
         for target in targets.values():
             shutil.rmtree(target)
     shutil.rmtree(source)
@@ -138,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--stage", type=int, nargs="+", choices=(2, 3), default=[2, 3])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--moments", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--folder", type=Path, help="where to work (default: the temporary folder)")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args(argv)
@@ -146,7 +152,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     report: dict[str, Any] = {"machine": machine_line(), "bare_mib": bare}
     with tempfile.TemporaryDirectory(prefix="merge_", dir=options.folder) as folder:
         free = shutil.disk_usage(folder).free
-        needed = options.parameters * ((14 if options.moments else 6) + 8) * 1.02
+        needed = (
+            options.parameters
+            * ((14 if options.moments else 6) + (8 if options.peer else 4))
+            * 1.02
+        )
         if free < needed:
             raise SystemExit(f"{needed:,.0f} bytes of disk are needed, {free:,} are free")
         for stage in options.stage:

@@ -27,7 +27,7 @@ def decoder_shapes(parameters: float) -> list[dict[str, torch.Size]]:
     """Two groups, weights with and without decay, of a decoder with about so many parameters."""
     width = 1024 if parameters < 1e9 else 2048
     vocabulary, inner = 50_000, 4 * width
-    of_layer = {
+    of_layer: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj.weight": (width, width),
         "self_attn.k_proj.weight": (width, width),
         "self_attn.v_proj.weight": (width, width),
@@ -39,7 +39,7 @@ def decoder_shapes(parameters: float) -> list[dict[str, torch.Size]]:
         "post_attention_layernorm.weight": (width,),
     }
     layers = round((parameters - vocabulary * width) / (12 * width * width))
-    shapes = {"model.embed_tokens.weight": (vocabulary, width)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, width)}
     for layer in range(layers):
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
     shapes["model.norm.weight"] = (width,)
@@ -64,9 +64,7 @@ def write_checkpoint(
             for group in groups
             for name, shape in group.items()
         )
-        torch.save(
-            _model_state(module, groups, ranks, frozen=True), tag / "mp_rank_00_model_states.pt"
-        )
+        torch.save(_model_state(module, groups, ranks), tag / "mp_rank_00_model_states.pt")
     (folder / "latest").write_text(_TAG)
     return sum(shape.numel() for group in groups for shape in group.values())
 
@@ -79,6 +77,11 @@ def _write_rank(
     ranks: int,
     moments: bool,
 ) -> None:
+    # The classes that real files name, so that readers have to cope with them.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
     torch.manual_seed(rank)
     sizes = [[shape.numel() for shape in group.values()] for group in groups]
     if stage == 3:
@@ -104,7 +107,8 @@ def _write_rank(
         "param_groups": [{"lr": 1e-5, "params": [g]} for g in range(len(groups))],
     }
     optimizer: dict[str, Any] = {
-        "zero_stage": _stage(stage),
+        "zero_stage": ZeroStageEnum(stage),
+        "loss_scaler": LossScaler(scale=1.0),
         "dynamic_loss_scale": False,
         "overflow": False,
     }
@@ -122,6 +126,10 @@ def _write_rank(
             "param_alignment_paddings": [[0] * len(group) for group in groups],
             "partition_count": [ranks] * len(groups),
             "ds_version": _VERSION,
+            "param_slice_mappings": [
+                _fragments(group, rank, length)
+                for group, length in zip(groups, lengths, strict=True)
+            ],
         }
     name = f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
     file = {"optimizer_state_dict": optimizer, "ds_config": {}, "ds_version": _VERSION}
@@ -131,25 +139,22 @@ def _write_rank(
             (name, torch.empty(0, dtype=torch.bfloat16)) for group in groups for name in group
         )
         name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
-        torch.save(_model_state(module, groups, ranks, frozen=True), tag / name)
+        torch.save(_model_state(module, groups, ranks), tag / name)
 
 
 def _model_state(
     module: OrderedDict[str, torch.Tensor],
     groups: Sequence[dict[str, torch.Size]],
     ranks: int,
-    *,
-    frozen: bool,
 ) -> dict[str, Any]:
-    nothing: dict[str, Any] | None = OrderedDict() if frozen else None
     return {
         "module": module,
         "buffer_names": [],
         "optimizer": None,
         "param_shapes": list(groups),
-        "frozen_param_shapes": nothing,
+        "frozen_param_shapes": OrderedDict(),
         "shared_params": {},
-        "frozen_param_fragments": nothing,
+        "frozen_param_fragments": OrderedDict(),
         "lr_scheduler": None,
         "skipped_steps": 0,
         "global_steps": _STEP,
@@ -161,12 +166,18 @@ def _model_state(
     }
 
 
-def _stage(stage: int) -> Any:
-    """The class that real files name, so that readers have to cope with it."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from deepspeed.runtime.zero.config import ZeroStageEnum
+def _fragments(group: dict[str, torch.Size], rank: int, length: int) -> dict[str, Any]:
+    """Which run of which parameter lies in a rank's part of the group's flat vector."""
+    from deepspeed.utils.tensor_fragment import fragment_address
 
-    return ZeroStageEnum(stage)
+    found, begin = OrderedDict(), 0
+    for name, shape in group.items():
+        first = max(begin, rank * length)
+        last = min(begin + shape.numel(), (rank + 1) * length)
+        if first < last:
+            found[name] = fragment_address(numel=last - first, start=first - rank * length)
+        begin += shape.numel()
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

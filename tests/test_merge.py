@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
 import shutil
 import signal
+import subprocess
 import threading
 
 import numpy as np
@@ -19,13 +22,12 @@ from transformers import BertConfig, BertForMaskedLM
 from ftlaunch.strategies.checkpoint.conversion import SaveDtype
 from ftlaunch.strategies.checkpoint.merge import write_weights
 from ftlaunch.strategies.checkpoint.sources import open_source
-from tests.deepspeed_jobs import BERT, make_checkpoints
-from tests.jobs import contents, ftlaunch, said, write_tokenizer
-from tests.merge_jobs import JOBS, peak_kib, start_disturbed, write_torch_checkpoint
+from tests.deepspeed_jobs import BERT
+from tests.jobs import MODULE, contents, ftlaunch, said, write_tokenizer
+from tests.merge_jobs import JOBS, peak_kib, saved_jobs, start_disturbed, write_torch_checkpoint
 from tests.test_cli import imported_by
 from tests.training_jobs import Inputs
 
-NET = [job for job in JOBS if job.model == "net"]
 TIED = {
     "net": {"head.weight"},
     "bert": {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"},
@@ -34,7 +36,7 @@ TIED = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    return make_checkpoints(tmp_path_factory.mktemp("deepspeed"), JOBS)
+    return saved_jobs(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +317,17 @@ def test_what_fp16_cannot_hold_is_told_once(tmp_path):
     assert result.stdout.count("too large for fp16") == 1
     assert "b has numbers too large" in result.stdout
     assert torch.isinf(load_torch_file(tmp_path / "merged" / "model.safetensors")["b"]).all()
+
+
+def test_a_bar_on_a_terminal_and_nothing_elsewhere(saved, tmp_path):
+    terminal, end = pty.openpty()
+    command = [*MODULE, "merge", str(saved["mlm2"].folder), str(tmp_path / "merged")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=end, timeout=60, check=True)
+    os.close(end)
+    shown = os.read(terminal, 10_000).decode()
+    os.close(terminal)
+    assert re.search(r"\r\S* *\s0\.00 of 0\.00 GB, \d+ MB/s", shown), shown
+    assert done.stdout.splitlines()[-1].startswith(b"wrote ")
 
 
 # -- memory and imports -------------------------------------------------------------------------

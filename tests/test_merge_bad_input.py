@@ -17,11 +17,10 @@ import torch
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.checkpoint.merge import write_weights
 from ftlaunch.strategies.checkpoint.sources import open_source
-from tests.deepspeed_jobs import BERT, make_checkpoints
+from tests.deepspeed_jobs import BERT
 from tests.jobs import contents, ftlaunch, said
-from tests.merge_jobs import JOBS, write_torch_checkpoint
+from tests.merge_jobs import saved_jobs, write_torch_checkpoint
 
-NAMES = ("zero0", "zero1-2", "zero1-3", "zero1-later", "zero3-2", "zero3-3", "zero3-later", "mlm2")
 OPTIMIZER = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 MODEL = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
 WHOLE = "mp_rank_00_model_states.pt"
@@ -29,8 +28,7 @@ WHOLE = "mp_rank_00_model_states.pt"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    jobs = [job for job in JOBS if job.name in NAMES]
-    return make_checkpoints(tmp_path_factory.mktemp("deepspeed"), jobs)
+    return saved_jobs(tmp_path_factory)
 
 
 @pytest.fixture
@@ -40,7 +38,7 @@ def copy(saved, tmp_path) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         source = tag_folder(saved, name)
         shutil.copytree(source.parent, tmp_path / "source" / name)
-        return tmp_path / "source" / name / source.name
+        return Path(tmp_path / "source" / name / source.name)
 
     return make
 
