@@ -47,6 +47,8 @@ class Saved:
 class Net(torch.nn.Module):
     """Sizes that neither 2 nor 3 divides, frozen parameters, tied weights, buffers of two dtypes."""
 
+    scale: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.embedding = torch.nn.Embedding(13, 5)
@@ -163,7 +165,7 @@ def _held(module: torch.nn.Module, stage: int) -> dict[str, np.ndarray]:
 def _array(tensor: torch.Tensor) -> np.ndarray:
     """A copy; floating-point numbers in fp32, to which bf16 goes exactly."""
     tensor = tensor.detach()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy().copy()
+    return np.array((tensor.float() if tensor.is_floating_point() else tensor).numpy())
 
 
 def _masked_lm() -> torch.nn.Module:

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.deepspeed_jobs import Job
+import pytest
+
+from tests.deepspeed_jobs import Job, Saved, make_checkpoints
 
 # Sub-groups, gaps between parameters, shuffled parameters: what moves the weights about in the files.
 JOBS = [
@@ -50,6 +52,16 @@ sys.exit(run(sys.argv[3:]))
 """
 
 
+_MADE: dict[str, Saved] = {}
+
+
+def saved_jobs(folders: pytest.TempPathFactory) -> dict[str, Saved]:
+    """Every job of JOBS, trained and saved once, however many files of tests ask for it."""
+    if not _MADE:
+        _MADE.update(make_checkpoints(folders.mktemp("deepspeed"), JOBS))
+    return _MADE
+
+
 def start_disturbed(*args: object, at: int, signal: int) -> subprocess.Popen[str]:
     """`ftlaunch` with these arguments, which sends itself a signal at its `at`-th read of weights."""
     words = [str(word) for word in (at, int(signal), *args)]
@@ -77,7 +89,7 @@ def write_torch_checkpoint(folder: Path, module: dict[str, Any]) -> Path:
     import torch
 
     folder.mkdir(parents=True)
-    state = {
+    state: dict[str, Any] = {
         "module": module,
         "buffer_names": [],
         "param_shapes": None,

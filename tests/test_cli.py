@@ -14,6 +14,7 @@ import yaml
 
 from ftlaunch.launcher.cli import (
     build_eval_parser,
+    build_merge_parser,
     build_parser,
     build_rehearse_parser,
     parse,
@@ -69,7 +70,7 @@ def imported_by(*args: str) -> set[str]:
 # -- help and flags -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [(), ("eval",), ("rehearse",)])
+@pytest.mark.parametrize("command", [(), ("eval",), ("rehearse",), ("merge",)])
 def test_help(command):
     result = ftlaunch(*command, "--help", timeout=60)
     assert result.returncode == 0
@@ -78,6 +79,7 @@ def test_help(command):
         (): build_parser,
         ("eval",): build_eval_parser,
         ("rehearse",): build_rehearse_parser,
+        ("merge",): build_merge_parser,
     }
     parser = builders[command]()
     for action in parser._actions:
@@ -85,7 +87,7 @@ def test_help(command):
             assert flag in result.stdout
 
 
-@pytest.mark.parametrize("command", [(), ("eval",)])
+@pytest.mark.parametrize("command", [(), ("eval",), ("merge",)])
 def test_help_imports_next_to_nothing(command):
     modules = imported_by(*command, "--help")
     assert modules.isdisjoint({"pydantic", "yaml", "numpy", "rich", *FRAMEWORKS})
@@ -101,6 +103,11 @@ def test_the_flags_are_frozen():
     """Everything else is a key: another flag is to be argued for, not slipped in."""
     parser = build_parser()
     assert {flag for action in parser._actions for flag in action.option_strings} == FLAGS
+
+
+def test_the_flags_of_merge_are_frozen():
+    flags = {flag for action in build_merge_parser()._actions for flag in action.option_strings}
+    assert flags == {"--dtype", "--model", "--verify", "-h", "--help"}
 
 
 @pytest.mark.parametrize("build", [build_parser, build_eval_parser, build_rehearse_parser])

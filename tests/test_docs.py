@@ -19,7 +19,7 @@ from ftlaunch.cluster import errors
 from ftlaunch.cluster.machine import detect_machine
 from ftlaunch.cluster.rank_pipe import EVENT_FD_VARIABLE, LISTEN_FD_VARIABLE
 from ftlaunch.cluster.world import World
-from ftlaunch.launcher.cli import build_eval_parser, build_parser, parse
+from ftlaunch.launcher.cli import build_eval_parser, build_merge_parser, build_parser, parse
 from ftlaunch.launcher.config import (
     ALIASES,
     RunConfig,
@@ -195,6 +195,12 @@ def test_documented_flags() -> None:
         assert keys == ([ALIASES.get(name, name)] if ALIASES.get(name, name) in all_keys() else [])
 
 
+def test_documented_flags_of_merge() -> None:
+    documented = set(_table(_section("docs/checkpoints.md", "Merging")))
+    flags = {a.option_strings[0] for a in build_merge_parser()._actions if a.option_strings}
+    assert {flag.split()[0] for flag in documented} == flags - {"-h"}
+
+
 def test_documented_variables_of_a_rank(tmp_path: Path) -> None:
     """What a rank's environment gets, and the two that its agent adds."""
     machine = detect_machine({"CUDA_VISIBLE_DEVICES": "", "ASCEND_RT_VISIBLE_DEVICES": ""})
@@ -210,8 +216,8 @@ def test_documented_variables_of_a_rank(tmp_path: Path) -> None:
 
 
 def _check_ftlaunch(words: list[str]) -> None:
-    _, arguments = parse(words)
-    for override in arguments.overrides:
+    command, arguments = parse(words)
+    for override in () if command == "merge" else arguments.overrides:
         assert override.partition("=")[0] in all_keys(), override
 
 
@@ -232,6 +238,7 @@ def test_the_readme_shows_the_main_commands() -> None:
     assert {"make demo", "make test"} <= set(commands)
     assert any(command.startswith("ftlaunch --nodes") for command in commands)
     assert any(command.startswith("ftlaunch eval") for command in commands)
+    assert any(command.startswith("ftlaunch merge") for command in commands)
 
 
 @each_document

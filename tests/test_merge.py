@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
 import shutil
 import signal
+import subprocess
 import threading
 
 import numpy as np
@@ -16,15 +19,15 @@ from safetensors.torch import load_file as load_torch_file
 from safetensors.torch import save_file as save_torch_file
 from transformers import BertConfig, BertForMaskedLM
 
+from ftlaunch.strategies.checkpoint.conversion import SaveDtype
 from ftlaunch.strategies.checkpoint.merge import write_weights
 from ftlaunch.strategies.checkpoint.sources import open_source
-from tests.deepspeed_jobs import BERT, make_checkpoints
-from tests.jobs import contents, ftlaunch, said, write_tokenizer
-from tests.merge_jobs import JOBS, peak_kib, start_disturbed, write_torch_checkpoint
+from tests.deepspeed_jobs import BERT
+from tests.jobs import MODULE, contents, ftlaunch, said, write_tokenizer
+from tests.merge_jobs import JOBS, peak_kib, saved_jobs, start_disturbed, write_torch_checkpoint
 from tests.test_cli import imported_by
 from tests.training_jobs import Inputs
 
-NET = [job for job in JOBS if job.model == "net"]
 TIED = {
     "net": {"head.weight"},
     "bert": {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"},
@@ -33,7 +36,7 @@ TIED = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    return make_checkpoints(tmp_path_factory.mktemp("deepspeed"), JOBS)
+    return saved_jobs(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +259,7 @@ def test_a_large_model_goes_into_shards_with_an_index(saved, tmp_path):
     assert len(shards) > 3
     assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     assert set(written.files) == {*shards, "model.safetensors.index.json"}
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for shard in shards:
         tensors = load_file(tmp_path / shard)
         assert sum(t.nbytes for t in tensors.values()) <= 2000 or len(tensors) == 1
@@ -290,7 +293,9 @@ def test_numbers_of_every_dtype(tmp_path):
         "parameter": torch.nn.Parameter(torch.ones(2)),
     }
     folder = write_torch_checkpoint(tmp_path / "global_step1", module)
-    for dtype, expected_dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    cases: list[tuple[SaveDtype, torch.dtype]]
+    cases = [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+    for dtype, expected_dtype in cases:
         target = tmp_path / dtype
         target.mkdir()
         write_weights(open_source(folder).weights, target, dtype=dtype)
@@ -312,6 +317,17 @@ def test_what_fp16_cannot_hold_is_told_once(tmp_path):
     assert result.stdout.count("too large for fp16") == 1
     assert "b has numbers too large" in result.stdout
     assert torch.isinf(load_torch_file(tmp_path / "merged" / "model.safetensors")["b"]).all()
+
+
+def test_a_bar_on_a_terminal_and_nothing_elsewhere(saved, tmp_path):
+    terminal, end = pty.openpty()
+    command = [*MODULE, "merge", str(saved["mlm2"].folder), str(tmp_path / "merged")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=end, timeout=60, check=True)
+    os.close(end)
+    shown = os.read(terminal, 10_000).decode()
+    os.close(terminal)
+    assert re.search(r"\r\S* *\s0\.00 of 0\.00 GB, \d+ MB/s", shown), shown
+    assert done.stdout.splitlines()[-1].startswith(b"wrote ")
 
 
 # -- memory and imports -------------------------------------------------------------------------

@@ -47,12 +47,13 @@ def find_tag_folder(folder: Path) -> Path | None:
 
     None when nothing of DeepSpeed is there; UserError when it is not clear or not supported.
     """
-    if (folder / "latest_universal").is_file() or (folder / "zero").is_dir():
+    has_files = any(folder.glob(f"*{_STATES}"))
+    if (folder / "latest_universal").is_file() or (has_files and (folder / "zero").is_dir()):
         raise UserError(
             f"{folder} holds a universal checkpoint of DeepSpeed. {_SUPPORTED} Merge the checkpoint "
             "that it was made from."
         )
-    if any(folder.glob(f"*{_STATES}")):
+    if has_files:
         return folder
     latest = folder / "latest"
     if latest.is_file():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from _compat_pickle import IMPORT_MAPPING
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -33,8 +34,6 @@ _NAMES = frozenset(
         ("copyreg", "_reconstructor"),
     }
 )
-# torch.save writes pickles of protocol 2, in which modules have the names of Python 2.
-_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _INSTRUCTIONS = (
     "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT LONG LONG1 LONG4 BININT "
     "BININT1 BININT2 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES "
@@ -114,6 +113,7 @@ class _Machine(pickle._Unpickler):
         getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
         for name in _INSTRUCTIONS.split()
     }
+    proto: int
     stack: list[Any]
     pop_mark: Callable[[], list[Any]]
 
@@ -124,6 +124,7 @@ class _Machine(pickle._Unpickler):
         persistent: Callable[[Any], Any],
     ) -> None:
         super().__init__(io.BytesIO(data))
+        self.proto = 0
         self._builders = builders
         self._persistent = persistent
 
@@ -136,7 +137,9 @@ class _Machine(pickle._Unpickler):
             ) from None
 
     def find_class(self, module: str, name: str) -> Any:
-        module = _PYTHON_2.get(module, module)
+        if self.proto < 3:
+            # torch.save writes protocol 2, in which modules have the names of Python 2.
+            module = IMPORT_MAPPING.get(module, module)
         if module.split(".")[0] in _PACKAGES or (module, name) in _NAMES:
             return Named(module, name)
         raise PickleRefused(f"the pickle wants to import {module[:100]}.{name[:100]}; refused")
