@@ -182,7 +182,7 @@ def test_our_own_checkpoint_is_the_model_that_the_job_left(own, tmp_path):
     newest = own / "checkpoints" / "step-00000020"
     for number, source in enumerate((newest, own)):
         target = tmp_path / f"merged{number}"
-        assert_done(merge(source, target, "--model", own / "model"))
+        assert_done(merge(source, target))
         found, expected = (load_file(f / "model.safetensors") for f in (target, own / "model"))
         assert found.keys() == expected.keys()
         for name, values in expected.items():
@@ -191,18 +191,13 @@ def test_our_own_checkpoint_is_the_model_that_the_job_left(own, tmp_path):
         assert {path.name for path in target.iterdir()} == left
 
 
-def test_the_checkpoints_own_model_files_are_used_and_aliases_left_out(own, tmp_path):
-    """As a manifest has them that says what a finished model has beside its weights."""
+def test_other_names_of_shared_weights_are_left_out(own, tmp_path):
     folder = tmp_path / "step-00000020"
     shutil.copytree(own / "checkpoints" / "step-00000020", folder)
-    (folder / "model").mkdir()
-    shutil.copy(own / "model" / "config.json", folder / "model")
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["model_files"] = {"config.json": (folder / "model" / "config.json").stat().st_size}
     manifest["aliases"] = {"classifier.weight": "bert.pooler.dense.weight"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert_done(merge(folder, tmp_path / "merged"))
-    assert (tmp_path / "merged" / "config.json").is_file()
     names = set(load_file(own / "model" / "model.safetensors"))
     assert set(load_file(tmp_path / "merged" / "model.safetensors")) == names - {
         "classifier.weight"

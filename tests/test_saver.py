@@ -134,8 +134,8 @@ def test_what_is_saved_is_what_was_there_when_it_was_asked_for(bert, tmp_path):
         readers.append(CheckpointReader(folder, read_manifest(folder)))
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
         for name in readers[1].names(kind):
-            values = [reader.read_whole(kind, name) for reader in readers]
-            np.testing.assert_array_equal(*values)
+            found, expected = (reader.read_whole(kind, name) for reader in readers)
+            np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(
