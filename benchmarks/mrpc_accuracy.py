@@ -1,6 +1,7 @@
 """Accuracy on MRPC after three epochs: `ftlaunch` and the HF Trainer, same settings.
 
     python -m benchmarks.mrpc_accuracy --model FOLDER --data FOLDER --out mrpc.json
+    python -m benchmarks.mrpc_accuracy --strategies ddp zero2 zero3 --no-peer …
 
 The data folder holds train.jsonl and test.jsonl with sentence1, sentence2 and label. Both sides:
 2 ranks of 1 thread, global batch 32, learning rate 2e-4 falling to 0, at most 128 tokens, fp32.
@@ -17,9 +18,11 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.report import machine_line, markdown_table
-from benchmarks.sides import Measurement, Side, Work, run_ours, run_peer
+from benchmarks.sides import Measurement, Work, run_ours, run_peer
 
-Results = Mapping[Side, Mapping[int, Measurement]]
+PEER = "HF Trainer"
+# By side and seed; our sides are strategies.
+Results = Mapping[str, Mapping[int, Measurement]]
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -29,7 +32,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--max-steps", type=int, help="overrides --epochs, to try the script")
-    parser.add_argument("--ours", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--strategies", nargs="*", default=["ddp"], metavar="NAME", help="ours")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
         "--our-precision",
@@ -41,8 +44,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def work_of(options: argparse.Namespace, seed: int) -> Work:
+def work_of(options: argparse.Namespace, side: str, seed: int) -> Work:
     return Work(
+        strategy=side,
         model=options.model.resolve(),
         data=options.data.resolve(),
         text_columns=("sentence1", "sentence2"),
@@ -60,15 +64,14 @@ def work_of(options: argparse.Namespace, seed: int) -> Work:
 
 def run_all(options: argparse.Namespace) -> Results:
     """Side after side within a seed; the JSON is written anew after each run."""
-    chosen: dict[Side, bool] = {"ours": options.ours, "peer": options.peer}
-    results: dict[Side, dict[int, Measurement]] = {
-        side: {} for side, wanted in chosen.items() if wanted
-    }
+    sides = [*options.strategies, *([PEER] if options.peer else [])]
+    results: dict[str, dict[int, Measurement]] = {side: {} for side in sides}
     with tempfile.TemporaryDirectory(prefix="mrpc_accuracy_") as folder:
         for seed in options.seeds:
             for side, by_seed in results.items():
-                run = run_ours if side == "ours" else run_peer
-                by_seed[seed] = run(work_of(options, seed), Path(folder) / f"{side}_{seed}")
+                run = run_peer if side == PEER else run_ours
+                work = work_of(options, side, seed)
+                by_seed[seed] = run(work, Path(folder) / f"{side.replace(' ', '_')}_{seed}")
                 if options.out is not None:
                     save(results, options.out)
     return results

@@ -29,6 +29,7 @@ class Work:
     """What a side is asked to do.
 
     data             a folder with train.jsonl and test.jsonl
+    strategy         of ours
     precision        None: the side's own choice (ours only; the peer has fp32)
     micro_batch      at most so many rows at a time on a rank; None: the side's own choice
                      (the peer: the global batch over the ranks, without accumulation)
@@ -53,6 +54,7 @@ class Work:
     warmup_steps: int = 0
     padding: Padding = "dynamic"
     evaluate: bool = False
+    strategy: str = "ddp"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,9 +146,10 @@ def _since(totals: Sequence[Mapping[str, Any]], warmup_steps: int) -> dict[str, 
 def _seconds_beside_steps(
     totals: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
 ) -> float:
-    """What the training loop spent neither in steps nor in saving nor in evaluation."""
+    """What the training loop spent neither in steps nor waiting for a save nor in evaluation."""
+    keys = {"saved": "blocked_seconds", "evaluated": "seconds"}
     loop = sum(event["train_seconds"] for event in events if event["kind"] == "finished")
-    known = sum(event["seconds"] for event in events if event["kind"] in ("saved", "evaluated"))
+    known = sum(event[keys[event["kind"]]] for event in events if event["kind"] in keys)
     return float(loop - known - totals[-1]["seconds"])
 
 
@@ -187,7 +190,7 @@ def _peer_command(work: Work, out: Path) -> list[str]:
 def _our_command(work: Work, out: Path, *, cache: Path) -> list[str]:
     command = [sys.executable, "-m", "ftlaunch.launcher"]
     command += ["--nodes", str(work.ranks), "--model", str(work.model)]
-    command += ["--dataset", str(work.data), "-o", str(out)]
+    command += ["--dataset", str(work.data), "-o", str(out), "--strategy", work.strategy]
     if work.precision is not None:
         command += ["--precision", work.precision]
     settings: dict[str, object] = {
