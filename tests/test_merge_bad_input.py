@@ -190,6 +190,25 @@ def test_a_pickle_that_wants_to_import_something(tmp_path):
     assert f"{folder / WHOLE}: the pickle wants to import posix.system; refused" in text
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"buffer_names": [{}]},
+        {"param_shapes": [{"weight": (2, "x")}]},
+        {"param_shapes": 5},
+        {"shared_params": 7},
+        {"module": [1, 2]},
+        {"frozen_param_fragments": {"weight": "x"}},
+    ],
+    ids=lambda damage: next(iter(damage)),
+)
+def test_values_that_make_no_sense(tmp_path, damage):
+    folder = write_torch_checkpoint(tmp_path / "global_step1", {"weight": torch.zeros(2)})
+    state = torch.load(folder / WHOLE, weights_only=False)
+    torch.save({**state, **damage}, folder / WHOLE)
+    assert str(folder / WHOLE) in refused(tmp_path, folder)
+
+
 # -- what is not supported, or no checkpoint ----------------------------------------------------
 
 

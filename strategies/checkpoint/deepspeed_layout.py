@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.checkpoint.deepspeed_files import DeepSpeedFiles, list_files
-from ftlaunch.strategies.checkpoint.deepspeed_state import (
-    ModelState,
-    Partition,
-    first_difference,
-    read_model_state,
-    read_partition,
+from ftlaunch.strategies.checkpoint.deepspeed_ranks import (
+    check_together,
+    mixed,
+    read_models,
+    read_partitions,
 )
+from ftlaunch.strategies.checkpoint.deepspeed_state import ModelState, Partition
 from ftlaunch.strategies.checkpoint.torch_zip import ITEM_BYTES, StoredTensor
 from ftlaunch.strategies.checkpoint.weights import Run, Weight, cut, strided_runs
 
@@ -52,13 +52,13 @@ def deepspeed_weights(folder: Path) -> DeepSpeedWeights:
     UserError for files that are missing, damaged, not of one save, or not supported.
     """
     files = list_files(folder)
-    models = _read_models(files)
+    models = read_models(files)
     notes = [f"{name} is no tensor and is left out" for name in models[0].others]
     if models[0].param_shapes is None and not files.sharded:
         return _without_zero(files, models[0], notes)
-    partitions = _read_partitions(files)
+    partitions = read_partitions(files)
     stage, size = partitions[0].stage, partitions[0].num_partitions
-    _check_together(files, models, partitions)
+    check_together(files, models, partitions)
     trained = _zero3_trained if stage == 3 else _flat_trained
     found = trained(files, models[0], partitions)
     for name in models[0].frozen_parts if stage == 3 else ():
@@ -69,80 +69,13 @@ def deepspeed_weights(folder: Path) -> DeepSpeedWeights:
         elif name not in found and not _is_alias(models[0], found, name, stage):
             # Frozen, and kept as the forward pass uses it.
             if stage == 3 and tensor.num_elements == 0:
-                raise _mixed(files, f"no file has the values of {name}")
+                raise mixed(files, f"no file has the values of {name}")
             found[name] = _whole(name, tensor)
     if strange := [name for name in found if name not in models[0].tensors]:
-        raise _mixed(files, f"{_names(strange)} of the flat weights are not in `module`")
+        raise mixed(files, f"{_names(strange)} of the flat weights are not in `module`")
     return DeepSpeedWeights(
         stage=stage, num_ranks=size, weights=tuple(found.values()), notes=tuple(notes)
     )
-
-
-def _read_models(files: DeepSpeedFiles) -> list[ModelState]:
-    """Rank 0's first; under ZeRO-3 all ranks', else only that."""
-    if 0 not in files.model:
-        raise _missing(files, files.model_name(0), len(files.optimizer))
-    first, *others = [files.model[rank] for rank in sorted(files.model)]
-    # Of the other ranks only what they hold of frozen parameters is needed: not a table each.
-    return [read_model_state(first), *(replace(read_model_state(p), tensors={}) for p in others)]
-
-
-def _read_partitions(files: DeepSpeedFiles) -> list[Partition]:
-    """Of all ranks in their order, as many as the files themselves say."""
-    if not files.optimizer:
-        raise _missing(files, files.optimizer_name(0), 0)
-    first = read_partition(next(iter(files.optimizer.values())))
-    size = first.num_partitions
-    if surplus := sorted(rank for rank in files.optimizer if rank >= size):
-        raise _mixed(
-            files,
-            f"{first.path.name} says that {size} rank(s) wrote it, but there are files of "
-            f"{len(files.optimizer)}, such as {files.optimizer[surplus[0]].name}",
-        )
-    for rank in range(size):
-        if rank not in files.optimizer:
-            raise _missing(files, files.optimizer_name(rank), size)
-        if files.sharded and rank not in files.model:
-            raise _missing(files, files.model_name(rank), size)
-    if files.sharded and len(files.model) > size:
-        raise _mixed(
-            files, f"{size} rank(s) wrote it, but {len(files.model)} have files of model states"
-        )
-    return [
-        first if path == first.path else read_partition(path)
-        for _, path in sorted(files.optimizer.items())
-    ]
-
-
-def _check_together(
-    files: DeepSpeedFiles, models: Sequence[ModelState], partitions: Sequence[Partition]
-) -> None:
-    """UserError unless the files are of one save of one job, as far as they say."""
-    stage, size = partitions[0].stage, partitions[0].num_partitions
-    if (stage == 3) != files.sharded:
-        raise _mixed(
-            files,
-            f"{partitions[0].path.name} is of ZeRO-{stage}, {models[0].path.name} is not",
-        )
-    parts = [
-        (p.path, {**p.facts, "the ZeRO stage": p.stage, "the number of ranks": p.num_partitions})
-        for p in partitions
-    ]
-    states = [(m.path, {**m.facts, "the parameters": m.param_shapes}) for m in models]
-    for model in models:
-        if isinstance(ranks := model.facts["dp_world_size"], int) and ranks != size:
-            raise _mixed(
-                files, f"{model.path.name} says {ranks} ranks, {partitions[0].path.name} {size}"
-            )
-    version = [
-        (models[0].path, {"ds_version": models[0].facts["ds_version"]}),
-        (partitions[0].path, {"ds_version": partitions[0].facts["ds_version"]}),
-    ]
-    for facts in (parts, states, version):
-        if (difference := first_difference(facts)) is not None:
-            name, path, value, other, other_value = difference
-            values = "" if name == "the parameters" else f": {value} and {other_value}"
-            raise _mixed(files, f"{name} of {path.name} and {other.name} differ{values}")
 
 
 def _flat_trained(
@@ -151,7 +84,7 @@ def _flat_trained(
     """ZeRO-1/2: walk through each group's vector, which the ranks hold one after the other."""
     groups = model.param_shapes or ()
     if len(groups) != len(partitions[0].flat):
-        raise _mixed(
+        raise mixed(
             files,
             f"{model.path.name} has {len(groups)} parameter groups, {partitions[0].path.name} "
             f"{len(partitions[0].flat)}",
@@ -165,7 +98,7 @@ def _flat_trained(
         alignment = partitions[0].alignment
         paddings = alignment[group] if len(alignment) == len(groups) else (0,) * len(shapes)
         if len(paddings) != len(shapes):
-            raise _mixed(files, f"group {group} has {len(shapes)} parameters, {len(paddings)} gaps")
+            raise mixed(files, f"group {group} has {len(shapes)} parameters, {len(paddings)} gaps")
         position = 0
         for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
             numel = math.prod(shape)
@@ -177,7 +110,7 @@ def _flat_trained(
             position += numel + padding
         available, unit = sum(flat.num_elements for flat in flats), _ALIGNMENT * len(partitions)
         if -(-position // unit) != -(-available // unit):
-            raise _mixed(
+            raise mixed(
                 files,
                 f"the parameters of group {group} have {position:,} elements, the ranks' parts "
                 f"{available:,}",
@@ -191,7 +124,7 @@ def _too_few(
     files: DeepSpeedFiles, name: str, group: int, needed: int, flats: Sequence[StoredTensor]
 ) -> UserError:
     available = sum(flat.num_elements for flat in flats)
-    return _mixed(
+    return mixed(
         files,
         f"{name} ends at element {needed:,} of group {group}, the ranks' parts have {available:,}",
     )
@@ -205,7 +138,7 @@ def _check_fragments(
         if group < len(partition.fragments):
             strange = [name for name in partition.fragments[group] if name not in shapes]
             if strange:
-                raise _mixed(
+                raise mixed(
                     files,
                     f"{partition.path.name} has a part of {_names(strange)}, which "
                     f"{files.model_name(0)} does not have in group {group}",
@@ -229,7 +162,7 @@ def _zero3_trained(
     sizes = {sum(flat.num_elements for flat in partition.flat) for partition in partitions}
     dtypes = {dtype for dtype, _ in vectors}
     if len(sizes) != 1 or len(dtypes) != 1:
-        raise _mixed(files, f"the ranks' parts have {sorted(sizes)} elements of {sorted(dtypes)}")
+        raise mixed(files, f"the ranks' parts have {sorted(sizes)} elements of {sorted(dtypes)}")
     [dtype], item, ranks = dtypes, ITEM_BYTES[vectors[0][0]], len(partitions)
     found: dict[str, Weight] = {}
     position = 0
@@ -247,7 +180,7 @@ def _zero3_trained(
             found[name] = Weight(name=name, dtype=dtype, shape=shape, runs=tuple(runs))
             position += part
     if position != (available := sizes.pop()):
-        raise _mixed(
+        raise mixed(
             files,
             f"the parameters need {position:,} elements of each rank, which has {available:,}",
         )
@@ -257,14 +190,14 @@ def _zero3_trained(
 def _zero3_frozen(files: DeepSpeedFiles, models: Sequence[ModelState], name: str) -> Weight:
     shape = models[0].frozen_shapes.get(name)
     if shape is None:
-        raise _mixed(files, f"the frozen {name} has no shape in {models[0].path.name}")
+        raise mixed(files, f"the frozen {name} has no shape in {models[0].path.name}")
     numel = math.prod(shape)
     part = -(-numel // len(models))
     parts = [model.frozen_parts.get(name) for model in models]
     for model, own in zip(models, parts, strict=True):
         if own is None or own.num_elements != part:
             size = "nothing" if own is None else f"{own.num_elements:,} elements"
-            raise _mixed(files, f"{model.path.name} has {size} of the frozen {name}, not {part:,}")
+            raise mixed(files, f"{model.path.name} has {size} of the frozen {name}, not {part:,}")
     dtype, runs = _vector(files, [own for own in parts if own is not None])
     runs = cut(runs, 0, numel * ITEM_BYTES[dtype])
     return Weight(name=name, dtype=dtype, shape=shape, runs=runs)
@@ -285,7 +218,7 @@ def _without_zero(
     files: DeepSpeedFiles, model: ModelState, notes: Sequence[str]
 ) -> DeepSpeedWeights:
     if files.optimizer:
-        raise _mixed(files, f"{model.path.name} is of a job without ZeRO, the others are not")
+        raise mixed(files, f"{model.path.name} is of a job without ZeRO, the others are not")
     places: dict[object, str] = {}
     found: list[Weight] = []
     for name, tensor in model.tensors.items():
@@ -328,24 +261,9 @@ def _vector(files: DeepSpeedFiles, parts: Sequence[StoredTensor]) -> tuple[str, 
                 f"{part.strides}. Copy the checkpoint anew."
             )
         if part.dtype != parts[0].dtype:
-            raise _mixed(files, f"{part.path.name} has {part.dtype}, others {parts[0].dtype}")
+            raise mixed(files, f"{part.path.name} has {part.dtype}, others {parts[0].dtype}")
     return parts[0].dtype if parts else "F32", tuple(
         Run(part.path, part.offset, part.nbytes) for part in parts
-    )
-
-
-def _missing(files: DeepSpeedFiles, name: str, size: int) -> UserError:
-    wrote = f"{size} rank(s) wrote this checkpoint, and" if size else "In a checkpoint of ZeRO"
-    return UserError(
-        f"{files.folder / name} is missing. {wrote} each of them has one such file. Copy it from "
-        "the node that wrote it."
-    )
-
-
-def _mixed(files: DeepSpeedFiles, reason: str) -> UserError:
-    return UserError(
-        f"the files in {files.folder} do not belong together: {reason}. All have to be of one save "
-        "of one job. Copy the checkpoint anew, or merge another."
     )
 
 

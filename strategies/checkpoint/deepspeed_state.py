@@ -60,6 +60,27 @@ class Partition:
 def read_model_state(path: Path) -> ModelState:
     """UserError for a file that cannot be read, is none, or is of a model-parallel job."""
     state = _dictionary(path, read_torch_file(path))
+    try:
+        return _model_state(path, state)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def read_partition(path: Path) -> Partition:
+    """UserError for a file that cannot be read, is none, or is of experts."""
+    file = _dictionary(path, read_torch_file(path))
+    try:
+        return _partition(path, file)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    """For a value of another type than DeepSpeed would have written."""
+    return UserError(f"{path} is damaged: a value in it makes no sense ({error}). Copy it anew.")
+
+
+def _model_state(path: Path, state: Mapping[str, Any]) -> ModelState:
     module = state.get("module")
     if not isinstance(module, dict) or "buffer_names" not in state:
         raise _not_that(path, "the model states of a DeepSpeed checkpoint", "module, buffer_names")
@@ -80,7 +101,7 @@ def read_model_state(path: Path) -> ModelState:
         else tuple(_shapes(path, group) for group in param_shapes),
         frozen_shapes=_shapes(path, state.get("frozen_param_shapes") or {}),
         frozen_parts=_tensors(path, state.get("frozen_param_fragments") or {}),
-        shared=_dictionary(path, state.get("shared_params") or {}),
+        shared={str(n): str(s) for n, s in (state.get("shared_params") or {}).items()},
         facts={
             name: state.get(name)
             for name in ("ds_version", "global_steps", "global_samples", "dp_world_size")
@@ -88,9 +109,7 @@ def read_model_state(path: Path) -> ModelState:
     )
 
 
-def read_partition(path: Path) -> Partition:
-    """UserError for a file that cannot be read, is none, or is of experts."""
-    file = _dictionary(path, read_torch_file(path))
+def _partition(path: Path, file: Mapping[str, Any]) -> Partition:
     state = file.get("optimizer_state_dict")
     if not isinstance(state, dict) or "partition_count" not in state:
         wanted = "optimizer_state_dict with partition_count"
@@ -115,7 +134,10 @@ def read_partition(path: Path) -> Partition:
         stage=stage,
         num_partitions=counts[0],
         flat=tuple(flat),
-        alignment=tuple(tuple(group) for group in state.get("param_alignment_paddings") or ()),
+        alignment=tuple(
+            tuple(int(padding) for padding in group)
+            for group in state.get("param_alignment_paddings") or ()
+        ),
         fragments=tuple(_fragments(group) for group in state.get("param_slice_mappings") or ()),
         facts={
             "ds_version": file.get("ds_version"),
