@@ -78,11 +78,13 @@ def said(result: subprocess.CompletedProcess[str]) -> str:
     return f"{result.stdout}\n{result.stderr}"
 
 
-def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> None:
+def wait_until(
+    condition: Callable[[], Any], seconds: float, what: str, *, every: float = _POLL_SECONDS
+) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
-        time.sleep(_POLL_SECONDS)
+        time.sleep(every)
 
 
 # -- processes ----------------------------------------------------------------------------------
@@ -245,3 +247,7 @@ def assert_mistake(result: subprocess.CompletedProcess[str], *words: str) -> Non
     assert "error: " in output
     for word in words:
         assert word in output, f"{word!r} is not in:\n{output}"
+
+
+def process_name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from safetensors.numpy import load_file
 
@@ -367,3 +368,38 @@ def test_a_job_that_changes_its_strategy_on_the_way(tmp_path):
     losses = [summary_of(each)["eval"]["loss"] for each in (out, ddp)]
     assert abs(losses[0] / losses[1] - 1) < 1e-5
     assert_no_process_left(out)
+
+
+# -- the model that comes of it -----------------------------------------------------------------
+
+
+def _logits_and_checkpoint(world, listen_fd, folder, name, root):
+    """Logits of the first rows after 10 steps, by the engine that has trained them."""
+    strategy = registry.load(name)(_request(world, listen_fd, folder))
+    _steps(world, strategy, Cursor(), SAVED_AT)
+    files = strategy.model_files() if world.is_main else {}
+    Saver(strategy, root, model_files=files).save(_manifest(strategy, name), now=True)
+    table = tiny.random_table(SAMPLES)
+    collator = tiny.windows(world, table, global_batch=GLOBAL_BATCH, micro_batch=2).collator
+    batch = collator.batch(np.arange(8), seed=0)
+    return strategy.predict(batch), batch.inputs
+
+
+def _logits_of_folder(world, listen_fd, folder, inputs):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    model.eval()
+    with torch.no_grad():
+        tensors = {name: torch.from_numpy(values) for name, values in inputs.items()}
+        return model(**tensors).logits.numpy(), model.config.id2label
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_merged_model_predicts_what_the_engine_did(bert, tmp_path, name):
+    logits, inputs = run_ranks(2, _logits_and_checkpoint, bert, name, tmp_path / "checkpoints")[0]
+    merged = tmp_path / "merged"
+    result = ftlaunch("merge", tmp_path / "checkpoints" / f"step-{SAVED_AT:08d}", merged)
+    assert result.returncode == 0, said(result)
+    assert not (merged / "tokenizer.json").exists()
+    [(found, labels)] = run_ranks(1, _logits_of_folder, merged, inputs)
+    np.testing.assert_allclose(found, logits, rtol=0, atol=1e-5)
+    assert labels == {0: "a", 1: "b", 2: "c"}
