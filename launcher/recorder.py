@@ -111,7 +111,13 @@ class Recorder:
         elif isinstance(message, Evaluated):
             self._handle_evaluation(message)
         elif isinstance(message, Saved):
-            self._event("saved", step=message.step, path=message.path, seconds=message.seconds)
+            self._event(
+                "saved",
+                step=message.step,
+                path=message.path,
+                seconds=message.seconds,
+                blocked_seconds=message.blocked_seconds,
+            )
         elif isinstance(message, Resumed):
             self.rewind(message.step)
             self._event(
