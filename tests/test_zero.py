@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from pathlib import Path
 
@@ -229,6 +230,48 @@ def test_a_checkpoint_holds_everything_once(bert, saved, name):
             np.testing.assert_allclose(
                 mine.read_whole(kind, tensor), ddp.read_whole(kind, tensor), rtol=1e-4, atol=1e-6
             )
+
+
+# -- tied weights -------------------------------------------------------------------------------
+
+TIED, ALIAS = (f"bert.encoder.layer.{layer}.intermediate.dense.weight" for layer in (0, 1))
+
+
+def _tie(name):
+    """Have both layers use one weight, as encoders and decoders share their embeddings."""
+    module = importlib.import_module(f"ftlaunch.strategies.torch.{name.rstrip('123')}")
+    load = vars(module)["load_model"]
+
+    def load_tied(*args, **kwargs):
+        model = load(*args, **kwargs)
+        first, second = (model.bert.encoder.layer[i].intermediate.dense for i in (0, 1))
+        second.weight = first.weight
+        return model
+
+    vars(module)["load_model"] = load_tied
+
+
+def _save_tied(world, listen_fd, folder, name, root):
+    _tie(name)
+    return _save(world, listen_fd, folder, name, root)
+
+
+def _resume_tied(world, listen_fd, folder, name, root):
+    _tie(name)
+    return _resume(world, listen_fd, folder, name, root)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_tied_weights_are_kept_once_with_their_other_name(bert, tmp_path, name):
+    expected = run_ranks(2, _save_tied, bert, name, tmp_path / name)[0]
+    folder = tmp_path / name / f"step-{SAVED_AT:08d}"
+    manifest = read_manifest(folder)
+    assert manifest.aliases == {ALIAS: TIED}
+    weights = CheckpointReader(folder, manifest).names("weight")
+    assert TIED in weights
+    assert ALIAS not in weights
+    for to in ("ddp", "zero2", "zero3"):
+        _assert_goes_on(run_ranks(3, _resume_tied, bert, to, tmp_path / name)[0], expected)
 
 
 # -- a model that is too large for one ----------------------------------------------------------
