@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ftlaunch.cluster.errors import JobError, UserError
 from ftlaunch.strategies.base import Strategy
 from ftlaunch.strategies.best import BestTracker
+from ftlaunch.strategies.checkpoint.agreement import any_rank
 from ftlaunch.strategies.checkpoint.manifest import (
     CheckpointDamaged,
     Manifest,
@@ -103,10 +104,12 @@ class TrainingRun:
         self._skipped_in_a_row = 0
         self._ended_by: str | None = None
         self._root = settings.output_dir / "checkpoints"
+        self._alive = alive
+        self._files = self._model_files() if strategy.world.is_main else {}
         self._saver = Saver(
             strategy,
             self._root,
-            model_files=self._model_files() if strategy.world.is_main else {},
+            model_files=self._files,
             beside=options.checkpoint.async_save,
             on_saved=self._on_saved,
         )
@@ -222,6 +225,7 @@ class TrainingRun:
         self._skipped_in_a_row = 0 if report.outcome.applied else self._skipped_in_a_row + 1
         limit = self._settings.options.train.max_skipped_steps
         if self._skipped_in_a_row >= limit:
+            self._saver.finish()
             raise JobError(
                 f"{limit} optimizer steps in a row were skipped because gradients were not finite, "
                 f"the last at step {self._cursor.step} (first in {report.outcome.culprit}, loss "
@@ -258,7 +262,9 @@ class TrainingRun:
     def _on_saved(self, saving: Saving) -> None:
         if self._strategy.world.is_main:
             checkpoint = self._settings.options.checkpoint
-            keep = [self._best.best["step"]] if self._best_is_kept() and self._best.best else []
+            # A better one may have been found meanwhile, and not be saved yet.
+            bests = (saving.manifest.best, self._best.best) if self._best_is_kept() else ()
+            keep = [best["step"] for best in bests if best is not None]
             prune(self._root, keep_newest=checkpoint.save_total_limit, keep_steps=keep)
         self._emit(
             Saved(
@@ -332,9 +338,12 @@ class TrainingRun:
         best = self._best.best
         if best is None or not self._best_is_kept() or best["step"] == step:
             return
+        damaged = False
         try:
             read_manifest(self._root / folder_name(int(best["step"])))
         except CheckpointDamaged:
+            damaged = True
+        if any_rank(self._strategy, damaged):
             self._best.best = None
             text = (
                 f"the best step so far, {best['step']}, was not kept: the best from here on counts"
@@ -350,11 +359,13 @@ class TrainingRun:
         if self._best_is_kept() and best is not None:
             step = int(best["step"])
         try:
-            folder = write_model_folder(
+            folder, overflowed = write_model_folder(
                 self._strategy,
                 self._root / folder_name(step),
                 self._settings.output_dir / "model",
+                model_files=self._files,
                 dtype=self._settings.options.model.save_dtype,
+                alive=self._alive,
             )
         except CheckpointDamaged as error:
             hint = "Run the same command again: it goes on from the checkpoint before it."
@@ -366,6 +377,12 @@ class TrainingRun:
             raise JobError(
                 f"training is done, but its model cannot be written: {error}. {hint}"
             ) from None
+        if overflowed is not None:
+            text = (
+                f"{overflowed} has numbers too large for model.save_dtype=fp16, which are infinite in "
+                f"{folder}: merge the checkpoint again, in bf16 or fp32"
+            )
+            self._emit(Note(text=text, warning=True))
         return str(folder)
 
     def _finished(

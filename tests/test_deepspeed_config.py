@@ -206,6 +206,13 @@ def test_files_that_are_none(tmp_path, text, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_deepspeed_itself_does_not_take(tmp_path):
+    """A misspelt key is told by its own check of its configuration, without a traceback."""
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"overlap_com": true}}')
+    result = ftlaunch("--strategy", "zero2", "deepspeed.config=ds.json", "-o", "out", cwd=tmp_path)
+    assert_mistake(result, "DeepSpeed does not take this deepspeed.config", "overlap_com")
+
+
 def test_a_file_that_is_not_there(tmp_path):
     result = ftlaunch("--strategy", "zero2", "deepspeed.config=no.json", cwd=tmp_path)
     assert_mistake(result, "no.json cannot be read", "No such file")

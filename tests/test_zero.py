@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import threading
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import transformers
 from safetensors.numpy import load_file
 
 from ftlaunch.strategies import registry
-from ftlaunch.strategies.checkpoint.manifest import Manifest, read_manifest
+from ftlaunch.strategies.checkpoint import resuming
+from ftlaunch.strategies.checkpoint.manifest import CheckpointDamaged, Manifest, read_manifest
 from ftlaunch.strategies.checkpoint.resuming import load_newest
 from ftlaunch.strategies.checkpoint.saver import Saver
 from ftlaunch.strategies.checkpoint.store import CheckpointReader
@@ -283,10 +285,10 @@ def _anonymous_bytes():
     return int(line.split()[1]) * 1024
 
 
-def _load_with_zero3(world, listen_fd, folder):
+def _load_with_zero3(world, listen_fd, folder, precision):
     """Peak of this rank's own memory above the start, while the model is loaded and split."""
     request = tiny.request(
-        world, listen_fd, folder, model={"random_weights": False}, precision="bf16"
+        world, listen_fd, folder, model={"random_weights": False}, precision=precision
     )
     from ftlaunch.strategies.torch import zero
 
@@ -308,19 +310,88 @@ def _load_with_zero3(world, listen_fd, folder):
     return peak, sum(p.ds_numel for p in model.parameters()), largest.ds_tensor.numel()
 
 
-def test_a_rank_of_zero3_never_holds_the_whole_model(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_rank_of_zero3_never_holds_the_whole_model(tmp_path, precision):
     config = {**tiny.CONFIGS["bert"], "hidden_size": 512, "intermediate_size": 2048}
     model = transformers.BertForSequenceClassification(
-        transformers.BertConfig(**{**config, "num_hidden_layers": 12, "num_labels": 3})
+        transformers.BertConfig(**{**config, "num_hidden_layers": 24, "num_labels": 3})
     )
     model.save_pretrained(tmp_path)
     whole = sum(p.numel() for p in model.parameters()) * 4
-    for peak, elements, part in run_ranks(4, _load_with_zero3, tmp_path):
+    for peak, elements, part in run_ranks(4, _load_with_zero3, tmp_path, precision):
         assert elements * 4 == whole
         assert part == -(-tiny.VOCABULARY * 512 // 4)
-        # A quarter of the weights in bf16 is an eighth of the file; the libraries have some of their own.
+        # A quarter of the weights is in bf16 an eighth of the file; libraries have some of their own.
         print(f"peak {peak / 2**20:.0f} MiB of {whole / 2**20:.0f} MiB")
         assert peak < whole / 2
+
+
+def _weights_at_the_start(world, listen_fd, folder, name, precision):
+    """What a checkpoint would hold before the first step: this rank's slices."""
+    model = {"random_weights": False, "freeze": ("bert.embeddings",)}
+    request = tiny.request(world, listen_fd, folder, model=model, precision=precision)
+    return list(registry.load(name)(request).state_slices())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
+def test_no_weight_is_rounded_before_it_is_trained(bert, tmp_path, name, precision):
+    """config.json may say another dtype than the weights have; bf16 computes, fp32 is kept."""
+    config = transformers.AutoConfig.from_pretrained(bert, num_labels=3)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert '"float32"' in text
+    (tmp_path / "config.json").write_text(text.replace('"float32"', '"float16"'))
+    expected = load_file(tmp_path / "model.safetensors")
+    found = {key: np.full(value.size, np.nan) for key, value in expected.items()}
+    for slices in run_ranks(2, _weights_at_the_start, tmp_path, name, precision):
+        for piece in slices:
+            if piece.name in found:
+                found[piece.name][piece.start : piece.start + piece.values.size] = piece.values
+    for key, value in expected.items():
+        np.testing.assert_array_equal(found[key], value.reshape(-1), err_msg=key)
+
+
+def _resume_with_damage(world, listen_fd, folder, name, root, where):
+    """Rank 1 alone finds the newest checkpoint damaged: in its manifest, or halfway through it."""
+    strategy = registry.load(name)(_request(world, listen_fd, folder))
+    newest = f"step-{SAVED_AT + 1:08d}"
+
+    def damaged(path):
+        if world.rank == 1 and newest in str(path):
+            raise CheckpointDamaged(path, "for the test")
+
+    def read_manifest_of(path):
+        damaged(path)
+        return read_manifest(path)
+
+    class Reader(CheckpointReader):
+        def read(self, kind, name, start, stop):
+            if name == "bert.encoder.layer.1.output.dense.weight":
+                damaged(self.folder)
+            return super().read(kind, name, start, stop)
+
+    if where == "manifest":
+        vars(resuming)["read_manifest"] = read_manifest_of
+    else:
+        vars(resuming)["CheckpointReader"] = Reader
+    told: list[str] = []
+    found = load_newest(strategy, root, on_damaged=told.append)
+    assert found is not None
+    return found[1].step, len(told)
+
+
+@pytest.mark.parametrize("where", ["manifest", "weight"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_what_one_rank_finds_damaged_is_passed_over_by_all(bert, saved, tmp_path, name, where):
+    root, _ = saved("ddp")
+    shutil.copytree(root, tmp_path / "checkpoints")
+    older = tmp_path / "checkpoints" / f"step-{SAVED_AT:08d}"
+    shutil.copytree(older, older.with_name(f"step-{SAVED_AT + 1:08d}"))
+    for step, told in run_ranks(
+        2, _resume_with_damage, bert, name, tmp_path / "checkpoints", where
+    ):
+        assert (step, told) == (SAVED_AT, 1)
 
 
 # -- overflow -----------------------------------------------------------------------------------

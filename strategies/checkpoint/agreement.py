@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +13,8 @@ from ftlaunch.cluster.errors import JobError, UserError
 from ftlaunch.strategies.base import Strategy
 
 # What a full disk, or a full share of one, says.
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_ROUND_SECONDS = 2.0
 
 
 def all_or_none(strategy: Strategy, write: Callable[[], None], what: str) -> None:
@@ -26,7 +28,7 @@ def all_or_none(strategy: Strategy, write: Callable[[], None], what: str) -> Non
     codes = np.zeros(strategy.world.size, dtype=np.float64)
     codes[strategy.world.rank] = 0 if failure is None else failure.errno or errno.EIO
     codes = strategy.sum_across_ranks(codes)
-    if np.isin(codes, _FULL).any():
+    if np.isin(codes, FULL).any():
         raise UserError(
             f"no space left on the disk while writing {what}. Whole checkpoints, if any, are "
             "untouched. Free some space, or lower checkpoint.save_total_limit, and run the same "
@@ -46,3 +48,32 @@ def from_main(strategy: Strategy, value: float) -> float:
 def any_rank(strategy: Strategy, flag: bool) -> bool:
     """Collective: whether the flag is set on any rank."""
     return bool(strategy.sum_across_ranks(np.array([float(flag)], dtype=np.float64))[0])
+
+
+def long_all_or_none(
+    strategy: Strategy, write: Callable[[], None], what: str, *, alive: Callable[[], None]
+) -> None:
+    """Collective: `all_or_none` for what may take longer than a collective may.
+
+    It runs in a thread of its own; meanwhile the ranks meet in short rounds, and say that they live.
+    """
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            write()
+        except BaseException as error:  # noqa: BLE001 - raised by the rank that waits for it
+            failure.append(error)
+
+    worker = threading.Thread(target=run, name="writer", daemon=True)
+    worker.start()
+    worker.join(_ROUND_SECONDS / 100)
+    while any_rank(strategy, worker.is_alive()):
+        alive()
+        worker.join(_ROUND_SECONDS)
+
+    def result() -> None:
+        if failure:
+            raise failure[0]
+
+    all_or_none(strategy, result, what)

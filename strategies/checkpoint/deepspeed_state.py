@@ -101,9 +101,9 @@ def _model_state(path: Path, state: Mapping[str, Any]) -> ModelState:
         else tuple(_shapes(path, group) for group in param_shapes),
         frozen_shapes=_shapes(path, state.get("frozen_param_shapes") or {}),
         frozen_parts=_tensors(path, state.get("frozen_param_fragments") or {}),
-        shared={str(n): str(s) for n, s in (state.get("shared_params") or {}).items()},
+        shared=_names(path, state.get("shared_params") or {}),
         facts={
-            name: state.get(name)
+            name: _scalar(state.get(name))
             for name in ("ds_version", "global_steps", "global_samples", "dp_world_size")
         },
     )
@@ -116,13 +116,13 @@ def _partition(path: Path, file: Mapping[str, Any]) -> Partition:
         raise _not_that(path, "the optimizer states of a ZeRO checkpoint", wanted)
     counts = state["partition_count"]
     counts = list(counts) if isinstance(counts, list | tuple) else [counts]
+    if not all(type(count) is int and count > 0 for count in counts):
+        raise UserError(f"{path} is damaged: its partition_count is no count.")
     if state.get("ds_zero_partition_groups") or len(set(counts)) != 1:
         raise UserError(
             f"{path} is of a job with experts, whose parameters are split over groups of ranks of "
-            f"their own (partition counts {counts}). Such checkpoints cannot be merged."
+            f"their own (partition counts {counts[:8]}). Such checkpoints cannot be merged."
         )
-    if type(counts[0]) is not int or counts[0] < 1:
-        raise UserError(f"{path} is damaged: its partition_count is {str(counts[0])[:100]}.")
     stage = _stage(path, state)
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     inner = state.get("optimizer_state_dict" if stage == 3 else "base_optimizer_state")
@@ -140,11 +140,16 @@ def _partition(path: Path, file: Mapping[str, Any]) -> Partition:
         ),
         fragments=tuple(_fragments(group) for group in state.get("param_slice_mappings") or ()),
         facts={
-            "ds_version": file.get("ds_version"),
+            "ds_version": _scalar(file.get("ds_version")),
             "the number of steps": _steps_done(inner),
             "the number of parameter groups": len(flat),
         },
     )
+
+
+def _scalar(value: Any) -> Any:
+    """What can be compared and shown: nested values might be endless."""
+    return value if isinstance(value, str | int | float | None) else type(value).__name__
 
 
 def _stage(path: Path, state: Mapping[str, Any]) -> int:
@@ -155,7 +160,7 @@ def _stage(path: Path, state: Mapping[str, Any]) -> int:
         # The optimizer for bf16 with fp32 gradients, which DeepSpeed takes under stage 1.
         return 1
     if type(stage) is not int or stage not in (1, 2, 3):
-        raise UserError(f"{path} is of ZeRO stage {str(stage)[:50]}; 1, 2 and 3 can be merged.")
+        raise UserError(f"{path} is of ZeRO stage {_scalar(stage)}; 1, 2 and 3 can be merged.")
     return stage
 
 
@@ -196,8 +201,15 @@ def _shapes(path: Path, value: Any) -> Shapes:
     for name, shape in shapes.items():
         sizes = isinstance(shape, tuple) and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
         if not sizes or not isinstance(name, str):
-            raise UserError(f"{path} is damaged: the shape of {str(name)[:100]} is {shape!r:.100}.")
+            raise UserError(f"{path} is damaged: the shape of {_scalar(name)} makes no sense.")
     return shapes
+
+
+def _names(path: Path, value: Any) -> Mapping[str, str]:
+    names = _dictionary(path, value)
+    if not all(isinstance(name, str) for pair in names.items() for name in pair):
+        raise UserError(f"{path} is damaged: its shared_params are no names.")
+    return names
 
 
 def _tensors(path: Path, value: Any) -> Mapping[str, StoredTensor]:

@@ -149,6 +149,8 @@ def _check_types(manifest: Manifest) -> None:
         # A manifest is untrusted: a name must not lead out of the folder.
         if Path(name).name != name or name in ("", ".", ".."):
             raise ValueError(f"file name {name!r}")
+    if any(".safetensors" in name for name in manifest.model_files):
+        raise ValueError("model_files names weights")
 
 
 def _check_evaluation(evaluation: Mapping[str, Any]) -> None:

@@ -7,7 +7,6 @@ nothing of where weights come from, of folders that are replaced, or of config.j
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.strategies.checkpoint.agreement import FULL
 from ftlaunch.strategies.checkpoint.conversion import (
     SaveDtype,
     convert,
@@ -28,7 +28,7 @@ from ftlaunch.strategies.checkpoint.conversion import (
 from ftlaunch.strategies.checkpoint.run_reader import RunReader
 from ftlaunch.strategies.checkpoint.torch_zip import ITEM_BYTES
 from ftlaunch.strategies.checkpoint.weights import Run, Weight
-from ftlaunch.strategies.safetensors_file import read_places
+from ftlaunch.strategies.safetensors_file import TensorPlace, read_places
 
 MAX_SHARD_BYTES = 5 * 10**9
 WEIGHTS_NAME = "model.safetensors"
@@ -36,7 +36,6 @@ INDEX_NAME = "model.safetensors.index.json"
 _METADATA = {"format": "pt"}
 # The order in which the safetensors library itself lays tensors down: by this, then by name.
 _ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8", "BOOL")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # (bytes done, bytes in all), of the files that are written or compared
 Progress = Callable[[int, int], None]
@@ -75,6 +74,8 @@ def write_weights(
     Floating-point tensors are written in `dtype`, others as they are. CheckpointDamaged when bytes
     have another checksum than they should or are not there; UserError when the disk is full.
     """
+    for weight in weights:
+        _check_name(weight.name)
     shards = _split(weights, dtype, max_shard_bytes)
     total = written_bytes(weights, dtype)
     done, overflowed = 0, None
@@ -92,7 +93,7 @@ def write_weights(
                             on_progress(done, total)
                     os.fsync(file.fileno())
             except OSError as error:
-                if error.errno in _FULL:
+                if error.errno in FULL:
                     raise no_space(path, total) from None
                 raise
     files = [shard.name for shard in shards]
@@ -106,6 +107,15 @@ def write_weights(
         files=tuple(files),
         overflowed=overflowed,
     )
+
+
+def _check_name(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the checkpoint has a tensor {name!r}, which is no text.") from None
+    if name == "__metadata__":
+        raise UserError("the checkpoint has a tensor '__metadata__', which names something else.")
 
 
 def written_bytes(weights: Sequence[Weight], dtype: SaveDtype) -> int:
@@ -128,13 +138,15 @@ def compare_weights(
     A floating-point tensor is converted to the dtype that the folder has it in. Changes nothing.
     FileDamaged for files that are not whole.
     """
-    places = {
-        name: (path, place)
-        for path in sorted(folder.glob("*.safetensors"))
-        for name, place in read_places(path).items()
-    }
+    places: dict[str, tuple[Path, TensorPlace]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, place in read_places(path).items():
+            if name in places:
+                yield f"{name}: in {places[name][0].name} and in {path.name}"
+            places[name] = (path, place)
     total, done = sum(place.nbytes for _, place in places.values()), 0
-    yield from (f"{name}: not in the source" for name in places.keys() - {w.name for w in weights})
+    extra = places.keys() - {weight.name for weight in weights}
+    yield from (f"{name}: not in the source" for name in sorted(extra))
     with RunReader() as reader:
         for weight in sorted(weights, key=lambda each: each.name):
             if weight.name not in places:

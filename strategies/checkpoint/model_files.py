@@ -17,6 +17,7 @@ from typing import Any
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.checkpoint.conversion import TORCH_NAMES, SaveDtype
 from ftlaunch.strategies.checkpoint.weights import Weight
+from ftlaunch.strategies.files import replace_file
 from ftlaunch.strategies.safetensors_file import FileDamaged, read_places
 
 CONFIG_NAME = "config.json"
@@ -91,14 +92,20 @@ def copy_model_files(
 ) -> tuple[str, ...]:
     """Copy into an existing folder, synced to the disk; config.json says `dtype` then. The names."""
     for name in names:
-        if name == CONFIG_NAME:
-            text = json.dumps(with_dtype(_read_config(source), dtype), indent=2) + "\n"
-            (target / name).write_text(text, encoding="utf-8")
-        else:
-            shutil.copyfile(source / name, target / name)
+        shutil.copyfile(source / name, target / name)
+    fit_config(target, dtype)
+    for name in names:
         with open(target / name, "rb") as file:
             os.fsync(file.fileno())
     return tuple(names)
+
+
+def fit_config(folder: Path, dtype: SaveDtype) -> None:
+    """Have the config.json in `folder`, if there is one, say `dtype`."""
+    if (folder / CONFIG_NAME).is_file():
+        text = json.dumps(with_dtype(_read_config(folder), dtype), indent=2) + "\n"
+        with replace_file(folder / CONFIG_NAME) as file:
+            file.write(text.encode())
 
 
 def with_dtype(config: Mapping[str, Any], dtype: SaveDtype) -> dict[str, Any]:

@@ -95,7 +95,8 @@ def load_pickle(
     persistent  what makes an object of a persistent id (in torch files: of a storage)
 
     PickleRefused for all that is not allowed or malformed. What is made is bounded by the bytes that
-    are there: in this implementation memo numbers are keys of a dict, not sizes.
+    are there: in this implementation memo numbers are keys of a dict, not sizes, and what calls copy
+    is counted. Values may hold one another many times over: print and compare none as a whole.
     """
     try:
         return _Machine(data, builders, persistent).load()
@@ -127,6 +128,7 @@ class _Machine(pickle._Unpickler):
         self.proto = 0
         self._builders = builders
         self._persistent = persistent
+        self._copied, self._most = 0, len(data)
 
     def load(self) -> Any:
         try:
@@ -152,10 +154,18 @@ class _Machine(pickle._Unpickler):
             raise PickleRefused(f"it calls a {type(function).__name__}")
         build = self._builders.get((function.module, function.name))
         if build is not None:
+            self._count(args)
             return build(args)
         if (function.module, function.name) == ("collections", "OrderedDict"):
+            self._count(args)
             return OrderedDict(_pairs(args))
         return Record(function, args)
+
+    def _count(self, args: tuple[Any, ...]) -> None:
+        """One list may be handed to many calls, each of which would make a copy of it."""
+        self._copied += sum(len(each) for each in args if isinstance(each, list | tuple | dict))
+        if self._copied > self._most:
+            raise PickleRefused("it repeats itself without end")
 
     def _reduce(self) -> None:
         args = self.stack.pop()

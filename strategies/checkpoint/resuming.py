@@ -45,14 +45,22 @@ def load_newest(
         damage = None
         try:
             manifest = read_manifest(folder)
-            strategy.load_state(
-                CheckpointReader(folder, manifest),
-                optimizer_steps=manifest.applied_steps,
-                loss_scale=manifest.loss_scale,
-            )
+            reader = CheckpointReader(folder, manifest)
         except CheckpointDamaged as error:
             damage = error
-        if not any_rank(strategy, damage is not None):
+        # Loading is collective: nobody begins with it alone.
+        damaged = any_rank(strategy, damage is not None)
+        if not damaged:
+            try:
+                strategy.load_state(
+                    reader,
+                    optimizer_steps=manifest.applied_steps,
+                    loss_scale=manifest.loss_scale,
+                )
+            except CheckpointDamaged as error:
+                damage = error
+            damaged = any_rank(strategy, damage is not None)
+        if not damaged:
             return folder, manifest
         on_damaged(str(damage or f"checkpoint {folder} is damaged for another rank"))
     if count:

@@ -178,6 +178,15 @@ def _check_byte_order(path: Path, file: BinaryIO, member: tuple[int, int] | None
         raise _damaged(path, "it was written on a machine with another byte order")
 
 
+def _size(args: tuple[Any, ...]) -> tuple[int, ...]:
+    [sizes] = args
+    if not isinstance(sizes, list | tuple) or len(sizes) > _MAX_AXES:
+        raise PickleRefused("a shape has too many axes, or is none")
+    if not all(type(size) is int for size in sizes):
+        raise PickleRefused("a shape holds what is no number")
+    return tuple(sizes)
+
+
 class _Tensors:
     """Makes `StoredTensor`s of what a pickle says of storages, checked against the file."""
 
@@ -189,11 +198,13 @@ class _Tensors:
     def storage(self, pid: Any) -> _Storage:
         """Of a persistent id ("storage", class, key, device, number of elements)."""
         kind, storage_class, key, _, numel = pid
+        if type(key) is not str:
+            raise PickleRefused(f"a storage has a {type(key).__name__} for a name")
         name = getattr(storage_class, "name", "")
         dtype = _STORAGES.get(name, "?")
         place = self._members.get(f"{self._archive}data/{key}")
         if kind != "storage" or type(numel) is not int or place is None:
-            raise PickleRefused(f"the storage {str(key)[:100]!r} is not in the file")
+            raise PickleRefused(f"the storage {key[:100]!r} is not in the file")
         if dtype != "?" and place[1] != numel * ITEM_BYTES[dtype]:
             raise PickleRefused(
                 f"the storage {key!r} has {place[1]:,} bytes and should have "
@@ -208,7 +219,7 @@ class _Tensors:
             ("torch._utils", "_rebuild_parameter"): lambda args: args[0],
             ("torch._utils", "_rebuild_parameter_with_state"): lambda args: args[0],
             ("torch._tensor", "_rebuild_from_type_v2"): self._from_type,
-            ("torch", "Size"): lambda args: tuple(args[0]),
+            ("torch", "Size"): _size,
         }
 
     def _tensor(self, args: tuple[Any, ...]) -> StoredTensor:
@@ -236,7 +247,7 @@ class _Tensors:
         if len(shape) != len(strides) or len(shape) > _MAX_AXES:
             raise PickleRefused(f"a tensor has {len(shape)} axes and {len(strides)} strides")
         if not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers):
-            raise PickleRefused(f"a tensor has shape {str(shape)[:100]}, strides {strides!r:.100}")
+            raise PickleRefused("a tensor has a shape or strides that make no sense")
         item_bytes = ITEM_BYTES.get(dtype, 1)
         last = first + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         if 0 not in shape and (last + 1) * item_bytes > storage.nbytes:

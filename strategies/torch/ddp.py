@@ -34,6 +34,7 @@ from ftlaunch.strategies.torch.group import (
 )
 from ftlaunch.strategies.torch.losses import LOSSES
 from ftlaunch.strategies.torch.model import aliases_of, load_model, model_files
+from ftlaunch.strategies.torch.slices import copy_whole, own_share
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -201,25 +202,7 @@ class TorchDataParallel:
                 yield "weight", name, buffer
 
     def state_slices(self) -> Iterable[TensorSlice]:
-        """Every rank holds everything; rank r owns the r-th of W equal runs of all elements."""
-        tensors = list(self._tensors())
-        total = sum(tensor.numel() for _, _, tensor in tensors)
-        first = total * self.world.rank // self.world.size
-        last = total * (self.world.rank + 1) // self.world.size
-        position = 0
-        for kind, name, tensor in tensors:
-            begin, end = max(first, position), min(last, position + tensor.numel())
-            if begin < end:
-                start = begin - position
-                values = tensor.reshape(-1)[start : end - position]
-                yield TensorSlice(
-                    name=name,
-                    kind=kind,
-                    shape=tuple(tensor.shape),
-                    start=start,
-                    values=values.cpu().numpy(),
-                )
-            position += tensor.numel()
+        return own_share(list(self._tensors()), self.world)
 
     def load_state(
         self, reader: StateReader, *, optimizer_steps: int, loss_scale: Mapping[str, float]
@@ -228,7 +211,7 @@ class TorchDataParallel:
         self._optimizer.state.clear()
         with torch.no_grad():
             for name, tensor in self._weights():
-                _copy_from(reader, "weight", name, tensor)
+                copy_whole(reader, "weight", name, tensor)
             if optimizer_steps > 0:
                 for name, parameter in self._named:
                     self._load_moments(reader, name, parameter, optimizer_steps)
@@ -248,7 +231,7 @@ class TorchDataParallel:
         }
         for moment in _MOMENTS:
             state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            _copy_from(reader, moment, name, state[moment])
+            copy_whole(reader, moment, name, state[moment])
         self._optimizer.state[parameter] = state
 
     def loss_scale_state(self) -> Mapping[str, float]:
@@ -266,10 +249,3 @@ def _without_buffer_sync() -> dict[str, bool]:
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return {name: False}
-
-
-def _copy_from(reader: StateReader, kind: str, name: str, tensor: torch.Tensor) -> None:
-    if tensor.numel() == 0:
-        return  # no slice holds it
-    values = np.array(reader.read(kind, name, 0, tensor.numel()))
-    tensor.copy_(torch.from_numpy(values).reshape(tensor.shape))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.dynamic_module_utils import custom_object_save
@@ -18,13 +19,15 @@ from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.base import StrategyRequest
 from ftlaunch.strategies.model_config import POSITIONS_AFTER_PADDING
 from ftlaunch.strategies.options import ModelOptions
+from ftlaunch.strategies.safetensors_file import FileDamaged, read_places
 from ftlaunch.strategies.weights import RANDOM_WEIGHT_FAMILIES, draw_weight
 
 
 def load_model(request: StrategyRequest, *, keep_file_dtype: bool = False) -> Any:
     """The model in fp32 on the CPU, identical on every rank. UserError when it cannot be had.
 
-    keep_file_dtype   its parameters stay as they are in their files, of which they then are views
+    keep_file_dtype   where all weight files have one dtype the parameters keep it, and are views of
+                      the mapped files
     """
     # Each rank would draw its own bar and its own table of missing weights.
     transformers.utils.logging.set_verbosity_error()
@@ -36,7 +39,7 @@ def load_model(request: StrategyRequest, *, keep_file_dtype: bool = False) -> An
     if options.random_weights:
         model = _random_model(config, options, seed)
     else:
-        dtype = "auto" if keep_file_dtype else torch.float32
+        dtype = _file_dtype(options) if keep_file_dtype else torch.float32
         model = _pretrained_model(config, options, seed, dtype, trained_head=request.trained_head)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -96,7 +99,7 @@ def _pretrained_model(
     config: Any,
     options: ModelOptions,
     seed: int,
-    dtype: torch.dtype | str,
+    dtype: torch.dtype,
     *,
     trained_head: bool,
 ) -> Any:
@@ -138,6 +141,26 @@ def _pretrained_model(
         if buffer.is_floating_point():
             buffer.data = buffer.data.float()
     return model
+
+
+def _file_dtype(options: ModelOptions) -> torch.dtype:
+    """Of the floating-point weights, by the headers of their files; fp32 where they are not all of one.
+
+    What config.json says of it need not be true.
+    """
+    name = str(options.name_or_path)
+    patterns = ["model*.safetensors", "model.safetensors.index.json"]
+    found: set[str] = set()
+    try:
+        if not Path(name).is_dir():
+            name = snapshot_download(name, revision=options.revision, allow_patterns=patterns)
+        for path in Path(name).glob(patterns[0]):
+            found.update(place.dtype for place in read_places(path).values())
+    except (OSError, ValueError, FileDamaged):
+        return torch.float32  # what is wrong is told by whoever loads it
+    known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    floats = [name for name in found if name in known or name in ("F64", "F8_E4M3", "F8_E5M2")]
+    return known.get(floats[0], torch.float32) if len(floats) == 1 else torch.float32
 
 
 def _random_model(config: Any, options: ModelOptions, seed: int) -> Any:

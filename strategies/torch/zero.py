@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.base import (
     Batch,
     StateReader,
@@ -78,9 +79,25 @@ def _create(request: StrategyRequest, stage: int) -> TorchZero:
         accelerator=request.accelerator,
         world_size=request.world.size,
     )
-    if stage == 3:
-        _partition(model, DTYPES[request.precision], device, deepspeed, config)
-    return TorchZero(request, stage, model, device, deepspeed, config)
+    dtype = DTYPES[request.precision]
+    # Mapped files, as long as nothing else holds them: they cost no memory.
+    exact = {name: p.data for name, p in model.named_parameters() if _loses(p.dtype, dtype)}
+    try:
+        if stage == 3:
+            _partition(model, dtype, device, deepspeed, config)
+        return TorchZero(request, stage, model, device, deepspeed, config, exact)
+    except (ValueError, TypeError, AssertionError, AttributeError, NotImplementedError) as error:
+        if request.options.deepspeed.config is None:
+            raise
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        raise UserError(
+            f"DeepSpeed does not take this deepspeed.config: {reason}. Correct it, or leave it out."
+        ) from error
+
+
+def _loses(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether numbers of one dtype are not all numbers of the other."""
+    return torch.promote_types(source, target) != target
 
 
 def _partition(
@@ -92,11 +109,16 @@ def _partition(
     has more than one whole parameter. What DeepSpeed's engine does by itself needs the whole model on
     the device first.
     """
+    # DeepSpeed writes rank 0's values into what it is given: in the mapping each page would become
+    # memory of our own. One place for all, since the heap would keep the holes of many.
+    largest = max(parameter.numel() for parameter in model.parameters())
+    whole = torch.empty(largest, dtype=dtype)
 
     class OneByOne(torch.nn.Module):
         def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
             for parameter in model.parameters():
-                parameter.data = parameter.data.to(dtype)
+                place = whole[: parameter.numel()].view(parameter.shape)
+                parameter.data = place.copy_(parameter.data)
                 yield parameter
 
     deepspeed.zero.Init(module=OneByOne(), config_dict_or_path=config, dtype=dtype)
@@ -120,6 +142,7 @@ class TorchZero:
         device: torch.device,
         deepspeed: Any,
         config: dict[str, Any],
+        exact: Mapping[str, torch.Tensor],
     ) -> None:
         train = request.options.train
         self.world = request.world
@@ -140,11 +163,12 @@ class TorchZero:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config
         )
-        self._state = ZeroState(self._engine.module, self._optimizer, stage, request.world)
+        self._state = ZeroState(self._engine.module, self._optimizer, stage, request.world, exact)
         self._enabled_scaler = request.precision == "fp16"
         if self._enabled_scaler:
-            # Its configuration knows powers of two only.
+            # Its configuration knows powers of two only. Too many skips are told by `training`.
             self._optimizer.loss_scaler.cur_scale = train.initial_loss_scale
+            self._optimizer.loss_scaler.raise_error_at_min_scale = False
         self._not_finite: tuple[str, ...] = ()
         self._watch_overflow()
         self._applied_in_a_row = 0

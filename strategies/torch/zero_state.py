@@ -7,7 +7,7 @@ sub-group's parameters lie one behind the other in a flat vector.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,8 @@ import torch
 
 from ftlaunch.cluster.world import World
 from ftlaunch.strategies.base import StateReader, TensorSlice
+from ftlaunch.strategies.checkpoint.manifest import CheckpointDamaged
+from ftlaunch.strategies.torch.slices import copy_whole, own_share
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -39,14 +41,38 @@ class _Piece:
 
 
 class ZeroState:
-    """Reads and writes the state of one engine."""
+    """Reads and writes the state of one engine.
 
-    def __init__(self, model: Any, optimizer: Any, stage: int, world: World) -> None:
+    exact   weights by name as they were before the engine rounded them to the dtype that computes
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        stage: int,
+        world: World,
+        exact: Mapping[str, torch.Tensor],
+    ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._stage = stage
         self._world = world
         self._names = {parameter: name for name, parameter in model.named_parameters()}
+        # What is frozen never changes: what the model came with is what is saved.
+        self._exact = {
+            name: exact[name]
+            for parameter, name in self._names.items()
+            if name in exact
+            and not parameter.requires_grad
+            and not torch.equal(exact[name].to(parameter.dtype).to(exact[name].dtype), exact[name])
+        }
+        with torch.no_grad():
+            for piece in self._pieces():
+                if piece.name in exact:
+                    values = exact[piece.name].reshape(-1)
+                    own = values[piece.start : piece.start + piece.count]
+                    piece.of(piece.flat).copy_(own.float())
 
     @property
     def trained_names(self) -> list[str]:
@@ -81,9 +107,9 @@ class ZeroState:
                     yield self._slice(piece, moment, piece.of(vector))
         if self._stage == 3:
             yield from self._frozen_parts()
-            yield from self._own_share(list(self._buffers()))
+            yield from own_share(list(self._buffers()), self._world)
         else:
-            yield from self._own_share([*self._frozen(), *self._buffers()])
+            yield from own_share([*self._frozen(), *self._buffers()], self._world)
 
     def _frozen_parts(self) -> Iterator[TensorSlice]:
         """Stage 3 splits frozen parameters like the others, and nobody has to have one whole."""
@@ -92,12 +118,15 @@ class ZeroState:
                 continue
             start, count = self._own_part(parameter)
             if count > 0:
+                values = parameter.ds_tensor.detach()[:count]
+                if name in self._exact:
+                    values = self._exact[name].reshape(-1)[start : start + count]
                 yield TensorSlice(
                     name=name,
                     kind="weight",
                     shape=tuple(parameter.ds_shape),
                     start=start,
-                    values=parameter.ds_tensor.detach()[:count].float().cpu().numpy(),
+                    values=values.float().cpu().numpy(),
                 )
 
     def _own_part(self, parameter: Any) -> tuple[int, int]:
@@ -154,54 +183,37 @@ class ZeroState:
                     yield _Piece(self._names[parameter], shape, start, count, flat, offset)
                 offset += parameter.partition_numel()
 
-    def _frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole tensor) of frozen parameters. Collective under stage 3."""
+    def _frozen(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """(kind, name, whole tensor) of frozen parameters, under stages 1 and 2."""
         for name, parameter in self._model.named_parameters():
             if not parameter.requires_grad:
-                with self._gathered(parameter):
-                    yield name, parameter.detach().clone()
+                yield "weight", name, self._exact.get(name, parameter.detach())
 
-    def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _buffers(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         persistent = self._model.state_dict(keep_vars=True).keys()
         for name, buffer in self._model.named_buffers():
             if name in persistent:
-                yield name, buffer
-
-    def _own_share(self, tensors: list[tuple[str, torch.Tensor]]) -> Iterator[TensorSlice]:
-        """Of what every rank has whole, the r-th of W runs of all elements."""
-        total = sum(tensor.numel() for _, tensor in tensors)
-        first = total * self._world.rank // self._world.size
-        last = total * (self._world.rank + 1) // self._world.size
-        position = 0
-        for name, tensor in tensors:
-            begin, end = max(first, position), min(last, position + tensor.numel())
-            if begin < end:
-                start = begin - position
-                values = tensor.reshape(-1)[start : end - position]
-                if values.is_floating_point():
-                    values = values.float()
-                yield TensorSlice(
-                    name=name,
-                    kind="weight",
-                    shape=tuple(tensor.shape),
-                    start=start,
-                    values=values.cpu().numpy(),
-                )
-            position += tensor.numel()
+                yield "weight", name, buffer
 
     # -- writing ----------------------------------------------------------------------------
 
     def load(self, reader: StateReader, *, optimizer_steps: int) -> None:
-        """Collective under stage 3."""
+        """Collective under stage 3, where a rank with a damaged file goes through all of it, too."""
         base = self._optimizer.optimizer
         base.state.clear()
+        damage: CheckpointDamaged | None = None
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
-                with self._gathered(parameter, writes=True):
-                    _copy_from(reader, "weight", name, parameter)
+                with self._gathered(parameter):
+                    try:
+                        copy_whole(reader, "weight", name, parameter)
+                    except CheckpointDamaged as error:
+                        damage = damage or error
+            if damage is not None:
+                raise damage
             for name, buffer in self._model.named_buffers():
                 if name in reader.names("weight"):
-                    _copy_from(reader, "weight", name, buffer)
+                    copy_whole(reader, "weight", name, buffer)
             for piece in self._pieces():
                 _copy_piece(reader, "weight", piece, piece.flat)
                 if optimizer_steps > 0 and piece.name in reader.names("exp_avg"):
@@ -209,14 +221,14 @@ class ZeroState:
                     for moment in _MOMENTS:
                         _copy_piece(reader, moment, piece, state[moment])
 
-    def _gathered(self, parameter: Any, *, writes: bool = False) -> Any:
+    def _gathered(self, parameter: Any) -> Any:
         """The whole parameter, where it is split; what is written to it is kept on every rank."""
         if self._stage != 3:
             return nullcontext()
         import deepspeed
 
         # Every rank writes the same, so rank 0's are everyone's.
-        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if writes else None)
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
 def _start_in_parameter(mapping: Any, parameter: torch.Tensor) -> int:
@@ -235,10 +247,3 @@ def _new_state(piece: _Piece, optimizer_steps: int) -> dict[str, torch.Tensor]:
 def _copy_piece(reader: StateReader, kind: str, piece: _Piece, vector: torch.Tensor) -> None:
     values = reader.read(kind, piece.name, piece.start, piece.start + piece.count)
     piece.of(vector).copy_(torch.from_numpy(np.array(values)))
-
-
-def _copy_from(reader: StateReader, kind: str, name: str, tensor: torch.Tensor) -> None:
-    if tensor.numel() == 0:
-        return
-    values = np.array(reader.read(kind, name, 0, tensor.numel()))
-    tensor.data.copy_(torch.from_numpy(values).reshape(tensor.shape))
