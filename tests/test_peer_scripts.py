@@ -103,21 +103,25 @@ def losses(text: str) -> list[str]:
 
 
 def torchrun(folder: Path, *words: str) -> list[str]:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            *words,
-        ],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    """What rank 0 prints. torch can abort while a finished rank is taken down, which fails torchrun."""
+    for _ in range(5):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node=2",
+                *words,
+            ],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+        if done.returncode == 0 or "SIGABRT" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     return losses(done.stdout)
 
@@ -136,6 +140,6 @@ def test_the_losses_are_torchruns(tmp_path, name):
         flags = ["--nodes", 2, "-o", out, f"cluster.start_method={method}"]
         result = ftlaunch(*flags, *words, cwd=tmp_path, command=SCRIPT)
         assert result.returncode == 0, said(result)
-        assert losses(result.stdout) == expected
+        assert losses(result.stdout) == expected, said(result)
         assert json.loads((out / "summary.json").read_text())["status"] == "done"
         assert_no_process_left(out)

@@ -19,6 +19,8 @@ from tests.jobs import (
     assert_no_process_left,
     finish,
     ftlaunch,
+    process_name,
+    processes_of,
     rank_process,
     said,
     start,
@@ -186,8 +188,11 @@ def test_a_gigabyte_in_the_log_is_no_gigabyte_in_memory(here):
 
     def watch() -> None:
         nonlocal peak
-        for pid in processes_by_name("ftlaunch-agent", "ftlaunch-forks", "ftlaunch"):
-            peak = max(peak, resident_bytes(pid))
+        for pid in processes_of(here.parent / "out"):
+            # Not the rank, and nobody else's job.
+            with contextlib.suppress(OSError):
+                if process_name(pid) in ("ftlaunch-agent", "ftlaunch-forks", "ftlaunch"):
+                    peak = max(peak, resident_bytes(pid))
 
     out = here.parent / "out"
     with start("--nodes", 1, "-o", out, "script.py", cwd=here, command=SCRIPT) as process:
@@ -204,18 +209,6 @@ def test_a_gigabyte_in_the_log_is_no_gigabyte_in_memory(here):
     log = out / "logs" / "rank-00000.log"
     assert log.stat().st_size == 1_000_000_000 + len("the end\n")
     log.unlink()
-
-
-def processes_by_name(*names: str) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if (entry / "comm").read_text().strip() in names:
-                    found.append(int(entry.name))
-            except OSError:
-                pass
-    return found
 
 
 def resident_bytes(pid: int) -> int:

@@ -9,6 +9,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -293,3 +294,37 @@ def test_other_formats(tmp_path):
     rewrite(saved(path, {"a": torch.zeros(3)}), {"byteorder": b"big"})
     with pytest.raises(UserError, match="byte order"):
         read_torch_file(path)
+
+
+def _doubling(times: int) -> bytes:
+    """A tuple that holds a tuple twice, that holds one twice, …: a few bytes for a double each."""
+    pickled = b"\x80\x02)"
+    for number in range(times):
+        pickled += b"q" + bytes([number]) + b"h" + bytes([number]) + b"\x86"
+    return pickled
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        # The name of a storage is such a tuple: to show it would take for ever.
+        b"\x80\x02X\x07\x00\x00\x00storageN" + _doubling(60)[2:] + b"X\x03\x00\x00\x00cpuK\x04tQ.",
+        # One list of a thousand, of which a thousand calls each would make a copy.
+        b"\x80\x02]q\x00(" + b"K\x01" * 1000 + b"e0" + b"ctorch\nSize\nh\x00\x85R0" * 1000 + b"N.",
+        b"\x80\x02]q\x00("
+        + b"K\x01K\x02\x86" * 1000
+        + b"e0"
+        + b"ccollections\nOrderedDict\nh\x00\x85R0" * 1000
+        + b"N.",
+    ],
+    ids=["name", "sizes", "pairs"],
+)
+def test_a_small_pickle_cannot_ask_for_endless_memory(tmp_path, pickled):
+    path = tmp_path / "file.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("file/data.pkl", pickled)
+        archive.writestr("file/data/0", bytes(16))
+    started = time.monotonic()
+    with pytest.raises(UserError):
+        read_torch_file(path)
+    assert time.monotonic() - started < 1.0
