@@ -328,3 +328,10 @@ def test_a_small_pickle_cannot_ask_for_endless_memory(tmp_path, pickled):
     with pytest.raises(UserError):
         read_torch_file(path)
     assert time.monotonic() - started < 1.0
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="it is no file"):
+        read_torch_file(path)

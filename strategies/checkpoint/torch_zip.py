@@ -101,6 +101,9 @@ def read_torch_file(path: Path) -> Any:
 
     UserError for a file that is cut off, damaged, of another format, or wants to import something.
     """
+    if path.exists() and not path.is_file():
+        # Opening a pipe would wait for ever.
+        raise _damaged(path, "it is no file")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         members = _members(path, file, size)
