@@ -18,7 +18,6 @@ from ftlaunch.strategies.base import TensorSlice
 from ftlaunch.strategies.checkpoint import agreement, merge
 from ftlaunch.strategies.checkpoint.manifest import (
     CheckpointDamaged,
-    Manifest,
     folder_name,
     write_manifest,
 )
@@ -27,6 +26,7 @@ from ftlaunch.strategies.checkpoint.store import shard_name, write_shard
 from ftlaunch.strategies.model_folder import write_model_folder
 from ftlaunch.strategies.options import CheckpointOptions
 from ftlaunch.strategies.training import TrainingRun
+from tests import tiny
 
 CONFIG = {"config.json": b'{"dtype": "float32", "vocab_size": 9}', "tokenizer.json": b"{}"}
 
@@ -52,24 +52,6 @@ class OneRank:
 ONE_RANK: Any = OneRank()
 
 
-def _manifest(step, best=None):
-    return Manifest(
-        identity={},
-        step=step,
-        applied_steps=step,
-        epoch=0.0,
-        world_size=1,
-        strategy="ddp",
-        precision="fp32",
-        loss_scale={"scale": 1.0, "applied_in_a_row": 0, "enabled": 0},
-        best=best,
-        evaluation=None,
-        evaluations_without_gain=0,
-        schedule={},
-        files={},
-    )
-
-
 def _checkpoint(root, step=1, values=(1.0, 70000.0, -2.0)):
     folder = root / folder_name(step)
     folder.mkdir(parents=True)
@@ -78,7 +60,7 @@ def _checkpoint(root, step=1, values=(1.0, 70000.0, -2.0)):
     name = shard_name(0, 1)
     write_shard(folder / name, [piece])
     files = {name: (folder / name).stat().st_size}
-    write_manifest(folder, replace(_manifest(step), files=files))
+    write_manifest(folder, replace(tiny.manifest(step), files=files))
     return folder
 
 
@@ -149,7 +131,10 @@ def test_the_best_is_kept_until_a_better_one_is_whole(tmp_path):
         _emit=lambda message: None,
     )
     saving = Saving(
-        manifest=_manifest(15, best(10)), folder=root / folder_name(15), seconds=1.0, blocked=0.0
+        manifest=tiny.manifest(15, best=best(10)),
+        folder=root / folder_name(15),
+        seconds=1.0,
+        blocked=0.0,
     )
     TrainingRun._on_saved(run, saving)  # type: ignore[arg-type]
     assert {path.name for path in root.iterdir()} == {folder_name(10), folder_name(15)}

@@ -12,7 +12,7 @@ import pytest
 from ftlaunch.cluster.errors import JobError, UserError
 from ftlaunch.strategies import registry
 from ftlaunch.strategies.checkpoint import saver as saver_module
-from ftlaunch.strategies.checkpoint.manifest import Manifest, read_manifest
+from ftlaunch.strategies.checkpoint.manifest import read_manifest
 from ftlaunch.strategies.checkpoint.retention import checkpoint_folders
 from ftlaunch.strategies.checkpoint.saver import Saver
 from ftlaunch.strategies.checkpoint.store import CheckpointReader, write_shard
@@ -29,24 +29,6 @@ NAMES = ("ddp", "zero3")
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     return tiny.write_config(tmp_path_factory.mktemp("bert"), "bert")
-
-
-def _manifest(strategy, step):
-    return Manifest(
-        identity={},
-        step=step,
-        applied_steps=step,
-        epoch=0.0,
-        world_size=strategy.world.size,
-        strategy="ddp",
-        precision="fp32",
-        loss_scale=strategy.loss_scale_state(),
-        best=None,
-        evaluation=None,
-        evaluations_without_gain=0,
-        schedule={},
-        files={},
-    )
 
 
 def _train(world, listen_fd, folder, name, root, *, write, steps=40, beside=True):
@@ -67,7 +49,7 @@ def _train(world, listen_fd, folder, name, root, *, write, steps=40, beside=True
             if cursor.step == 2:
                 vars(saver_module)["write_shard"] = write
             started = time.perf_counter()
-            saver.save(_manifest(strategy, cursor.step), now=cursor.step == 1)
+            saver.save(tiny.manifest(cursor.step, world_size=world.size), now=cursor.step == 1)
             blocked.append(time.perf_counter() - started)
         return 2 in saved
 

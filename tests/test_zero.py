@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from ftlaunch.strategies import registry
 from ftlaunch.strategies.checkpoint import resuming
-from ftlaunch.strategies.checkpoint.manifest import CheckpointDamaged, Manifest, read_manifest
+from ftlaunch.strategies.checkpoint.manifest import CheckpointDamaged, read_manifest
 from ftlaunch.strategies.checkpoint.resuming import load_newest
 from ftlaunch.strategies.checkpoint.saver import Saver
 from ftlaunch.strategies.checkpoint.store import CheckpointReader
@@ -117,24 +117,6 @@ SAVED_AT, GOES_ON = 10, 10
 STRATEGIES = ("ddp", *ZERO)
 
 
-def _manifest(strategy, name):
-    return Manifest(
-        identity={},
-        step=SAVED_AT,
-        applied_steps=SAVED_AT,
-        epoch=0.0,
-        world_size=strategy.world.size,
-        strategy=name,
-        precision="fp32",
-        loss_scale=strategy.loss_scale_state(),
-        best=None,
-        evaluation=None,
-        evaluations_without_gain=0,
-        schedule={},
-        files={},
-    )
-
-
 def _steps(world, strategy, cursor, until):
     seen = []
 
@@ -167,7 +149,7 @@ def _save(world, listen_fd, folder, name, root, deepspeed=None):
     strategy = registry.load(name)(_request(world, listen_fd, folder, deepspeed))
     cursor = Cursor()
     _steps(world, strategy, cursor, SAVED_AT)
-    Saver(strategy, root).save(_manifest(strategy, name), now=True)
+    Saver(strategy, root).save(tiny.manifest(SAVED_AT, world_size=strategy.world.size), now=True)
     return _steps(world, strategy, cursor, SAVED_AT + GOES_ON)
 
 
@@ -492,7 +474,9 @@ def _logits_and_checkpoint(world, listen_fd, folder, name, root):
     strategy = registry.load(name)(_request(world, listen_fd, folder))
     _steps(world, strategy, Cursor(), SAVED_AT)
     files = strategy.model_files() if world.is_main else {}
-    Saver(strategy, root, model_files=files).save(_manifest(strategy, name), now=True)
+    Saver(strategy, root, model_files=files).save(
+        tiny.manifest(SAVED_AT, world_size=strategy.world.size), now=True
+    )
     table = tiny.random_table(SAMPLES)
     collator = tiny.windows(world, table, global_batch=GLOBAL_BATCH, micro_batch=2).collator
     batch = collator.batch(np.arange(8), seed=0)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ftlaunch.cluster.world import World
 from ftlaunch.strategies.base import StrategyRequest
+from ftlaunch.strategies.checkpoint.manifest import Manifest
 from ftlaunch.strategies.data.batches import Collator
 from ftlaunch.strategies.data.sample_order import SampleOrder
 from ftlaunch.strategies.loop import Windows
@@ -140,3 +141,22 @@ def full_batch(table: Table, indices: NDArray[np.int64]) -> dict[str, NDArray[np
         ids[row, : len(values)] = values
         mask[row, : len(values)] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def manifest(step: int, *, world_size: int = 1, best: dict[str, Any] | None = None) -> Manifest:
+    """Of a checkpoint whose tensors alone matter."""
+    return Manifest(
+        identity={},
+        step=step,
+        applied_steps=step,
+        epoch=0.0,
+        world_size=world_size,
+        strategy="ddp",
+        precision="fp32",
+        loss_scale={"scale": 1.0, "applied_in_a_row": 0, "enabled": 0},
+        best=best,
+        evaluation=None,
+        evaluations_without_gain=0,
+        schedule={},
+        files={},
+    )
