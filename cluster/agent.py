@@ -89,6 +89,7 @@ class Agent:
             self._selector, self._send, lambda: len(self._unsent) > _MAX_UNSENT_BYTES
         )
         self._listener: socket.socket | None = None
+        self._listener_is_inherited = True
         self._link: ForkLink | None = None
         self._prepare: Prepare | None = None
         self._kill_by: float | None = None
@@ -212,7 +213,8 @@ class Agent:
 
     def _bind(self, command: Bind) -> None:
         self._close_listener()
-        self._listener = hold_port(command.address, command.port)
+        self._listener = hold_port(command.address, command.port, listens=command.listens)
+        self._listener_is_inherited = command.listens
         self._send(Bound(port=self._listener.getsockname()[1]))
 
     def _close_listener(self) -> None:
@@ -315,7 +317,8 @@ class Agent:
                     f"{start.log_path}: {error.strerror}. The rank's output goes there: make it "
                     "writable, or choose another folder with --output-dir."
                 ) from None
-        self._close_listener()
+        if self._listener_is_inherited:
+            self._close_listener()
 
     def _start_rank(self, link: ForkLink, start: RankStart) -> None:
         """Hand the fork server the rank's log, a pipe for its events, and the port."""

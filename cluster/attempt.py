@@ -80,6 +80,7 @@ class Attempt:
     ) -> None:
         everyone = [start for ranks in starts for start in ranks]
         self._logs = {start.rank: start.log_path for start in everyone}
+        self._titles = {start.rank: start.title for start in everyone}
         self._running = {start.rank for start in everyone if start.rank >= 0}
         self._node_of = {s.rank: number for number, ranks in enumerate(starts) for s in ranks}
         self._node_names = node_names
@@ -176,8 +177,10 @@ class Attempt:
         self._running.discard(event.rank)
         self.left_behind = max(self.left_behind, event.left_behind)
         if event.rank < 0:
-            if self._running:
-                self._fail_rank(event.rank, "lost", "ended before the ranks that it serves", at=at)
+            # With code 0 it has seen the last of them leave, whose own end is still to be heard.
+            if self._running and event.code != 0:
+                title = f"{_how(event)} before the ranks that it serves had ended"
+                self._fail_rank(event.rank, "lost", title, at=at)
         elif self._is_stop(event):
             # A rank of ours leaves with that code when nothing is left to save. Others may wait for
             # it in a call that no signal interrupts: they get a moment, then they are ended.
@@ -246,7 +249,7 @@ class Attempt:
         code: int | None = None,
     ) -> None:
         node = self.node_of(rank)
-        name = f"rank {rank}" if rank >= 0 else "the store of the ranks"
+        name = f"rank {rank}" if rank >= 0 else self._titles[rank]
         self._fail(rank, f"{name} on {node}", cause, title, traceback, at, code)
 
     def _fail(
@@ -319,3 +322,9 @@ class Attempt:
             stop_signal=self.stop_signal,
             remarks=tuple(self._remarks),
         )
+
+
+def _how(event: Exited) -> str:
+    if event.signal is not None:
+        return signal_in_words(event.signal)
+    return f"exit code {event.code}"

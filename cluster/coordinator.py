@@ -132,9 +132,9 @@ class Coordinator:
             self._prepare = command
             self._nodes.tell(command)
 
-    def bind(self, address: str, port: int) -> int:
-        """Have node 0 hold the rendezvous port. UserError when it is taken."""
-        self._nodes[0].send(Bind(address=address, port=port))
+    def bind(self, address: str, port: int, *, listens: bool = True) -> int:
+        """Have node 0 hold the rendezvous port (`events.Bind`). UserError when it is taken."""
+        self._nodes[0].send(Bind(address=address, port=port, listens=listens))
         for number, event in self._nodes.poll_until(_HELLO_SECONDS, lambda: True):
             if event is None:
                 raise self._agent_lost(number)

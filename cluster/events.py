@@ -56,17 +56,23 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bind:
-    """Hold a listening socket for the rendezvous; port 0 lets the agent choose."""
+    """Hold a socket for the rendezvous; port 0 lets the agent choose.
+
+    listens   it is inherited by who serves there; else it only keeps the port until then, for one
+              that opens a socket of its own and lets an address be bound twice (SO_REUSEADDR)
+    """
 
     kind: ClassVar[str] = "bind"
     address: str
     port: int
+    listens: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankStart:
     """One process to start: a rank, or below zero one that serves the ranks and ends with them.
 
+    title          what a process that serves the ranks is called when it is told of; "" for a rank
     module         whose main() it runs; `arguments` become sys.argv[1:]
     env            what it has beside what was prepared
     working_dir    None: the agent's own
@@ -74,6 +80,7 @@ class RankStart:
     """
 
     rank: int
+    title: str
     module: str
     arguments: list[str]
     env: dict[str, str]

@@ -15,11 +15,14 @@ _LOWEST, _HIGHEST = 20000, 32000
 _ATTEMPTS = 50
 
 
-def hold_port(address: str, port: int) -> socket.socket:
-    """A listening socket on `address`. Port 0: a free one. UserError if the given port is taken."""
+def hold_port(address: str, port: int, *, listens: bool = True) -> socket.socket:
+    """A socket bound on `address`, listening if it `listens`. Port 0: a free one.
+
+    UserError if the given port is taken.
+    """
     if port:
         try:
-            return _listen(address, port)
+            return _hold(address, port, listens)
         except OSError as error:
             raise UserError(
                 f"port {port} on {address} cannot be used: {os.strerror(error.errno or 0)}. "
@@ -29,7 +32,7 @@ def hold_port(address: str, port: int) -> socket.socket:
         # Not seeded: two jobs that start together must not try the same ports.
         candidate = random.SystemRandom().randrange(_LOWEST, _HIGHEST)
         try:
-            return _listen(address, candidate)
+            return _hold(address, candidate, listens)
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
@@ -39,14 +42,15 @@ def hold_port(address: str, port: int) -> socket.socket:
     )
 
 
-def _listen(address: str, port: int) -> socket.socket:
+def _hold(address: str, port: int, listens: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         # Connections of an attempt that has ended linger; a listener that lives is refused all the same.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((address, port))
-        listener.listen(1024)
+        if listens:
+            listener.listen(1024)
     except OSError:
         listener.close()
         raise

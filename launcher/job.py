@@ -47,6 +47,7 @@ from ftlaunch.strategies.progress import (
     StepDone,
     from_dict,
 )
+from ftlaunch.strategies.registry import entry
 
 Mode = Literal["train", "eval"]
 # What loading, evaluating and saving may take without a word, in stall timeouts.
@@ -225,7 +226,10 @@ class _Job:
     def _attempt(self, plan: LaunchPlan, coordinator: Coordinator, recorder: Recorder) -> Outcome:
         # It becomes the folder's plan when the ranks have seen that this is the folder's job.
         write_json(self._folder / "logs" / PLAN_OF_RANKS, plan.to_json())
-        port = coordinator.bind(ADDRESS, plan.cluster.port) if plan.world_size > 1 else 0
+        port = 0
+        if plan.world_size > 1:
+            listens = not entry(plan.strategy).scheduler
+            port = coordinator.bind(ADDRESS, plan.cluster.port, listens=listens)
 
         def on_message(rank: int, payload: Mapping[str, Any]) -> None:
             try:

@@ -64,6 +64,9 @@ def make_layout(
 ) -> Layout:
     """Decide where the ranks are, and add the reasons. UserError when they do not fit."""
     accelerator = _one_accelerator(machines)
+    if accelerator == "ascend":
+        # Forking after CANN has been loaded was never tried on hardware.
+        default_start = "exec"
     kind = _cluster_kind(cluster, reasons)
     devices = _devices(cluster, machines, accelerator, reasons)
     threads = _threads(machines[0], cluster.nodes * devices, reasons)

@@ -29,8 +29,14 @@ from ftlaunch.strategies.registry import STRATEGIES, entry
 
 # Upper bounds of a micro-batch that nobody chose. Small ones pad less, because a global batch is
 # sorted by length before it is cut; an accelerator needs larger ones to be busy.
-_MICRO_BATCH = {"cpu": 8, "cuda": 32}
+_MICRO_BATCH = {"cpu": 8, "cuda": 32, "ascend": 32}
 _EVAL_FACTOR = 2
+# Why a precision cannot be had on CPUs.
+_PRECISION_REASONS = {
+    "torch": "",
+    "deepspeed": "DeepSpeed has no fp16 on CPUs.",
+    "mindspore": "MindSpore multiplies matrices in fp32 only on CPUs.",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +100,7 @@ def make_plan(
     load_task(config.task)
     layout = make_layout(config.cluster, machines, reasons, assumed=assumed, default_start="fork")
     accelerator, world_size = layout.accelerator, layout.world_size
-    strategy = _strategy(config, accelerator, reasons)
+    strategy = _strategy(config, machines, accelerator, reasons)
     _check_packages(strategy, machines)
     precision = _precision(config, machines, accelerator, strategy, reasons)
     _batch_fits(config, world_size, mode)
@@ -127,7 +133,9 @@ def make_plan(
     )
 
 
-def _strategy(config: RunConfig, accelerator: str, reasons: list[Reason]) -> str:
+def _strategy(
+    config: RunConfig, machines: Sequence[Machine], accelerator: str, reasons: list[Reason]
+) -> str:
     stage = stage_of(config.deepspeed)
     if config.strategy == "auto" and stage is not None and f"zero{stage}" in STRATEGIES:
         reasons.append(Reason(choice="strategy", value=f"zero{stage}", why="by deepspeed.config"))
@@ -141,14 +149,18 @@ def _strategy(config: RunConfig, accelerator: str, reasons: list[Reason]) -> str
         reasons.append(Reason(choice="strategy", value=config.strategy, why="as asked for"))
         return config.strategy
     fitting = [name for name, each in STRATEGIES.items() if accelerator in each.accelerators]
-    if not fitting:
-        raise UserError(
-            f"no strategy of this version runs on {accelerator}. It has: {', '.join(STRATEGIES)}, "
-            "for CPUs and CUDA GPUs."
-        )
+    # Where torch is missing MindSpore may be there. What lacks everything is told of the first.
+    installed = [
+        name
+        for name in fitting
+        if all(STRATEGIES[name].package in machine.versions for machine in machines)
+    ]
+    chosen = (installed or fitting)[0]
     why = "every rank holds the whole model; gradients are averaged once an optimizer step"
-    reasons.append(Reason(choice="strategy", value=fitting[0], why=why))
-    return fitting[0]
+    if chosen != fitting[0]:
+        why += f"; {STRATEGIES[fitting[0]].package} is not installed"
+    reasons.append(Reason(choice="strategy", value=chosen, why=why))
+    return chosen
 
 
 def _check_deepspeed(
@@ -197,6 +209,7 @@ def _check_packages(strategy: str, machines: Sequence[Machine]) -> None:
             raise UserError(
                 f"{machine.hostname} lacks {package}, which the strategy {strategy} needs. "
                 f"Install a build of it that fits the machine: pip install {package}."
+                + _other_strategies(machine)
             )
         if not needed.is_new_enough(machine.versions[package]):
             raise UserError(
@@ -206,6 +219,16 @@ def _check_packages(strategy: str, machines: Sequence[Machine]) -> None:
             )
 
 
+def _other_strategies(machine: Machine) -> str:
+    """What runs with what is installed: torch and MindSpore do not live in one environment."""
+    others = [
+        name
+        for name, each in STRATEGIES.items()
+        if each.package in machine.versions and machine.accelerator in each.accelerators
+    ]
+    return f" With what is installed --strategy {' or '.join(others)} runs." if others else ""
+
+
 def _precision(
     config: RunConfig,
     machines: Sequence[Machine],
@@ -213,18 +236,23 @@ def _precision(
     strategy: str,
     reasons: list[Reason],
 ) -> Precision:
-    if config.precision == "fp16" and not entry(strategy).runs("fp16", accelerator):
+    runs = entry(strategy).runs
+    if config.precision != "auto" and not runs(config.precision, accelerator):
+        having = [name for name in ("fp32", "bf16", "fp16") if runs(name, accelerator)]
         raise UserError(
-            f"--precision fp16 with --strategy {strategy} needs a GPU: DeepSpeed has no fp16 on "
-            "CPUs. Use --precision fp32 or bf16, or --strategy ddp."
+            f"--precision {config.precision} with --strategy {strategy} does not run on "
+            f"{accelerator}: {_PRECISION_REASONS[entry(strategy).package]} Use --precision "
+            f"{' or '.join(having)}, or --strategy ddp."
         )
     if config.precision != "auto":
         reasons.append(Reason(choice="precision", value=config.precision, why="as asked for"))
         return config.precision
     chosen: Precision
-    if all(machine.fast_bf16 for machine in machines):
+    if not runs("bf16", accelerator) and accelerator == "cpu":
+        chosen, why = "fp32", f"{_PRECISION_REASONS[entry(strategy).package]}"
+    elif all(machine.fast_bf16 for machine in machines):
         chosen, why = "bf16", f"{machines[0].device_name} computes bf16 fast; weights stay fp32"
-    elif accelerator == "cuda":
+    elif accelerator != "cpu":
         chosen, why = "fp16", f"{machines[0].device_name} has no fast bf16; weights stay fp32"
     else:
         chosen, why = "fp32", f"{machines[0].device_name} has no fast bf16"

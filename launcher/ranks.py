@@ -10,6 +10,14 @@ from ftlaunch.cluster.world import World
 from ftlaunch.launcher.config import ClusterOptions
 from ftlaunch.launcher.layout import HostPlan
 from ftlaunch.launcher.plan import LaunchPlan
+from ftlaunch.strategies.mindspore_environment import (
+    SCHEDULER_MODULE,
+    SCHEDULER_RANK,
+    SCHEDULER_TITLE,
+    logging_variables,
+    rank_variables,
+    scheduler_variables,
+)
 from ftlaunch.strategies.model_config import model_type_of
 from ftlaunch.strategies.registry import entry
 
@@ -47,7 +55,7 @@ def preparation(plan: LaunchPlan) -> Prepare:
         preload = ["ftlaunch.launcher.worker", "ftlaunch.strategies.session"]
         preload += entry(plan.strategy).preload
         model_type = model_type_of(plan.options.model)
-        if model_type is not None:
+        if model_type is not None and "torch" in entry(plan.strategy).implementation:
             preload.append(f"transformers.models.{model_type}.modeling_{model_type}")
     return Prepare(
         start_method=plan.start_method,
@@ -59,25 +67,45 @@ def preparation(plan: LaunchPlan) -> Prepare:
 
 
 def rank_starts(plan: LaunchPlan, port: int, folder: Path) -> list[list[RankStart]]:
-    """The ranks of each node."""
-    return [
+    """The ranks of each node, and on node 0 what they meet at where that is a process of its own."""
+    scheduled = entry(plan.strategy).scheduler and plan.world_size > 1
+    timeout = plan.cluster.collective_timeout_seconds
+    all_worlds = list(worlds(plan.hosts, plan.hosts[0].num_devices, port))
+    starts = [
         [
             RankStart(
                 rank=world.rank,
+                title="",
                 module="ftlaunch.launcher.worker",
                 arguments=[str(folder / "logs" / PLAN_OF_RANKS)],
-                env={**world.to_environment(), **device_environment(host)},
+                env={
+                    **world.to_environment(),
+                    **device_environment(host),
+                    **(rank_variables(world, timeout_seconds=timeout) if scheduled else {}),
+                },
                 working_dir=None,
                 log_path=log_path(folder, world.rank),
-                inherits_listener=world.rank == 0 and plan.world_size > 1,
+                inherits_listener=world.rank == 0 and plan.world_size > 1 and not scheduled,
                 shows_output=shows_output(plan.cluster.show_output or "none", world.rank),
             )
             for world in ranks
         ]
-        for host, ranks in zip(
-            plan.hosts, worlds(plan.hosts, plan.hosts[0].num_devices, port), strict=True
-        )
+        for host, ranks in zip(plan.hosts, all_worlds, strict=True)
     ]
+    if scheduled:
+        scheduler = RankStart(
+            rank=SCHEDULER_RANK,
+            title=SCHEDULER_TITLE,
+            module=SCHEDULER_MODULE,
+            arguments=[],
+            env=scheduler_variables(all_worlds[0][0], timeout_seconds=timeout),
+            working_dir=None,
+            log_path=str(folder / "logs" / "scheduler.log"),
+            inherits_listener=False,
+            shows_output=False,
+        )
+        starts[0].insert(0, scheduler)
+    return starts
 
 
 def shows_output(choice: str, rank: int) -> bool:
@@ -119,6 +147,8 @@ def rank_environment(plan: LaunchPlan) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYTHONUNBUFFERED": "1",
     }
+    if entry(plan.strategy).scheduler:
+        env |= logging_variables()
     if plan.accelerator == "cpu":
         # glibc gives large blocks back to the kernel at once, and the next tensor of that size pays
         # for fresh pages: 4 to 7 % of a step of a 22 M model. Keep them.

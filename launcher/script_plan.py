@@ -160,6 +160,7 @@ def script_starts(
             [
                 RankStart(
                     rank=world.rank,
+                    title="",
                     module="ftlaunch.launcher.script",
                     arguments=[plan.script.kind, plan.script.target, *plan.script.arguments],
                     env={
@@ -180,6 +181,7 @@ def script_starts(
             0,
             RankStart(
                 rank=_STORE,
+                title="the store of the ranks",
                 module="ftlaunch.strategies.torch.store",
                 arguments=[str(plan.world_size)],
                 env={},

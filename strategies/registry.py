@@ -19,6 +19,8 @@ class StrategyEntry:
     package          what has to be installed, of version `at_least`
     preload          modules that a process imports before it forks ranks: all that they will need
     fp16_on          accelerators on which it computes in fp16
+    bf16_on          the same for bf16
+    scheduler        the ranks meet at a process of MindSpore's own instead of a store in rank 0
     zero_stage       of DeepSpeed; None without it
     """
 
@@ -27,12 +29,15 @@ class StrategyEntry:
     accelerators: tuple[str, ...]
     preload: tuple[str, ...]
     fp16_on: tuple[str, ...]
+    bf16_on: tuple[str, ...] = ("cpu", "cuda")
+    scheduler: bool = False
     zero_stage: int | None = None
     at_least: str = "0"
 
     def runs(self, precision: str, accelerator: str) -> bool:
         """Whether the precision can be had on that accelerator."""
-        return precision != "fp16" or accelerator in self.fp16_on
+        having = {"fp16": self.fp16_on, "bf16": self.bf16_on}
+        return accelerator in having.get(precision, (accelerator,))
 
     def is_new_enough(self, version: str) -> bool:
         """Whether that version of `package` will do."""
@@ -72,6 +77,17 @@ STRATEGIES: dict[str, StrategyEntry] = {
         )
         for stage in (1, 2, 3)
     },
+    "mindspore": StrategyEntry(
+        implementation="ftlaunch.strategies.mindspore.data_parallel:create",
+        package="mindspore",
+        accelerators=("ascend", "cpu"),
+        preload=("ftlaunch.strategies.mindspore.data_parallel",),
+        # Its CPU kernels for products of matrices know fp32 and fp64.
+        fp16_on=("ascend",),
+        bf16_on=("ascend",),
+        scheduler=True,
+        at_least="2.7",
+    ),
 }
 
 

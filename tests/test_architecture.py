@@ -22,8 +22,8 @@ SOURCES = sorted(
 FRAMEWORKS = {
     "torch": "strategies/torch",
     "torchvision": None,
-    "mindspore": None,
-    "mindone": None,
+    "mindspore": "strategies/mindspore",
+    "mindone": "strategies/mindspore",
     "deepspeed": "strategies/torch",
 }
 

@@ -30,6 +30,7 @@ from ftlaunch.cluster.events import (
 
 RANK = RankStart(
     rank=3,
+    title="",
     module="a.b",
     arguments=["a b", "ü\n"],
     env={"X": "1"},
@@ -45,7 +46,7 @@ RANK = RankStart(
     [
         Ping(time=0.1),
         Suspend(),
-        Bind(address="::1", port=7),
+        Bind(address="::1", port=7, listens=False),
         Prepare(start_method="fork", env={"A": "b"}, preload=["json"], grace_seconds=1.5),
         Start(ranks=[RANK]),
         Spawn(rank=RANK),

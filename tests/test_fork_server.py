@@ -122,6 +122,7 @@ class Agent:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         start = RankStart(
             rank=rank,
+            title="",
             module="target",
             arguments=list(arguments),
             env={"MINE": f"mine {rank}"},

@@ -94,6 +94,7 @@ def _attempt(num_ranks=2, **options):
         [
             RankStart(
                 rank=rank,
+                title="",
                 module="m",
                 arguments=[],
                 env={},

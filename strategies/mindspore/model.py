@@ -1,0 +1,171 @@
+"""The MindSpore model of a job, with the names and the weights that it has in torch."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindone.transformers import AutoModelForSequenceClassification, modeling_utils
+from mindspore import mint, nn
+from numpy.typing import NDArray
+
+from ftlaunch.cluster.errors import UserError
+from ftlaunch.strategies.base import StrategyRequest
+from ftlaunch.strategies.options import ModelOptions
+from ftlaunch.strategies.pretrained import (
+    be_quiet,
+    cannot_load,
+    check_missing,
+    check_random_weights,
+    frozen_names,
+    initializer_range,
+    load_config,
+)
+from ftlaunch.strategies.pretrained_weights import missing_names, stored_weights
+from ftlaunch.strategies.weights import draw_weight
+
+# What the cells of mindspore.nn call their parameters → what torch calls them.
+_NORM = {"gamma": "weight", "beta": "bias"}
+_BATCH_NORM = {**_NORM, "moving_mean": "running_mean", "moving_variance": "running_var"}
+_CELL_NAMES: tuple[tuple[type, Mapping[str, str]], ...] = (
+    (nn.Embedding, {"embedding_table": "weight"}),
+    (nn.LayerNorm, _NORM),
+    (nn.GroupNorm, _NORM),
+    (nn.BatchNorm1d, _BATCH_NORM),
+    (nn.BatchNorm2d, _BATCH_NORM),
+)
+
+
+class NamedModel:
+    """A model and its parameters under the names that torch has for them.
+
+    parameters   name → Parameter, each once, in the order of the cells
+    aliases      further names of parameters that several cells share → the name in `parameters`
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.parameters: dict[str, Any] = {}
+        self.aliases: dict[str, str] = {}
+        first: dict[int, str] = {}
+        for path, cell in model.cells_and_names():
+            known: dict[str, str] = {}
+            for kind, names in _CELL_NAMES:
+                if isinstance(cell, kind):
+                    known.update(names)
+            for attribute, parameter in cell._params.items():
+                if parameter is None:
+                    continue
+                name = ".".join(filter(None, (path, known.get(attribute, attribute))))
+                if id(parameter) in first:
+                    self.aliases[name] = first[id(parameter)]
+                else:
+                    first[id(parameter)] = name
+                    self.parameters[name] = parameter
+
+    @property
+    def base_prefix(self) -> str:
+        return str(self.model.base_model_prefix)
+
+    def trained(self) -> list[tuple[str, Any]]:
+        return [(n, p) for n, p in self.parameters.items() if p.requires_grad]
+
+
+def load_model(request: StrategyRequest) -> NamedModel:
+    """The model in fp32, identical on every rank. UserError when it cannot be had."""
+    be_quiet()
+    options = request.options.model
+    config = load_config(request)
+    named = NamedModel(_build(config, options))
+    weights = {
+        n: p for n, p in named.parameters.items() if not n.endswith(("running_mean", "running_var"))
+    }
+    seed = request.options.train.seed
+    if options.random_weights:
+        check_random_weights(config)
+        missing = set(weights)
+    else:
+        missing = _load_weights(named, weights, options, trained_head=request.trained_head)
+    _draw(named, missing, seed=seed, spread=initializer_range(config))
+    if options.gradient_checkpointing:
+        named.model.gradient_checkpointing_enable()
+    frozen = frozen_names(list(weights), options.freeze, named.base_prefix)
+    for name, parameter in weights.items():
+        parameter.requires_grad = name not in frozen
+    return named
+
+
+def _build(config: Any, options: ModelOptions) -> Any:
+    known = {each.model_type for each in AutoModelForSequenceClassification._model_mapping}
+    if config.model_type not in known:
+        near = difflib.get_close_matches(config.model_type, sorted(known), n=3, cutoff=0.4)
+        nearest = f" Nearest to it: {', '.join(near)}." if near else ""
+        raise UserError(
+            f"{options.name_or_path} is a {config.model_type!r} model, which mindone does not have "
+            f"for classification.{nearest} It has: {', '.join(sorted(known))}. Choose one of these, "
+            "or train it with --strategy ddp on CUDA or a CPU."
+        )
+    # Every weight is set below; what mindone would draw is wasted, and needs kernels that CPUs lack.
+    modeling_utils._init_weights = False
+    try:
+        model = AutoModelForSequenceClassification.from_config(config)
+    except (ValueError, KeyError, TypeError, NotImplementedError, AttributeError) as error:
+        raise cannot_load(options, error) from error
+    finally:
+        modeling_utils._init_weights = True
+    model.tie_weights()
+    return model
+
+
+def _load_weights(
+    named: NamedModel, weights: Mapping[str, Any], options: ModelOptions, *, trained_head: bool
+) -> set[str]:
+    """Take what the files have; the names of the parameters that they lack."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in weights.items()}
+    found = stored_weights(options, named.parameters, named.base_prefix)
+    missing = missing_names(found, shapes)
+    check_missing(missing, shapes, named.base_prefix, options, trained_head=trained_head)
+    try:
+        for name, parameter in named.parameters.items():
+            if name in found and name not in missing:
+                set_values(parameter, found[name].read())
+    except (OSError, ValueError) as error:
+        raise cannot_load(options, error) from error
+    return missing
+
+
+def set_values(parameter: Any, values: NDArray[Any]) -> None:
+    """Overwrite a parameter by values of its shape."""
+    parameter.set_data(ms.Tensor(np.ascontiguousarray(values), parameter.dtype))
+
+
+def _draw(named: NamedModel, missing: set[str], *, seed: int, spread: float) -> None:
+    """Give the missing parameters their first values. Padding embeddings are zero."""
+    for name in missing:
+        parameter = named.parameters[name]
+        shape = tuple(parameter.shape)
+        set_values(parameter, draw_weight(name, shape, seed=seed, initializer_range=spread))
+    for path, cell in named.model.cells_and_names():
+        padding = getattr(cell, "padding_idx", None)
+        if isinstance(cell, nn.Embedding | mint.nn.Embedding) and padding is not None:
+            name = f"{path}.weight"
+            if name in missing:
+                values = named.parameters[name].asnumpy().copy()
+                values[padding] = 0.0
+                set_values(named.parameters[name], values)
+
+
+def model_files(model: Any) -> dict[str, bytes]:
+    """config.json and, where the model has them, its generation settings."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = "float32"
+    with tempfile.TemporaryDirectory(prefix="ftlaunch-") as folder:
+        config.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
