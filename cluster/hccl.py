@@ -67,7 +67,7 @@ def host_variables(
     # The first generation takes 68 to 17340, in steps of 68 downwards: never less than was asked for.
     execute = min(max(math.ceil(timeout_seconds / 68), 1), 255) * 68
     variables = {"HCCL_CONNECT_TIMEOUT": str(connect), "HCCL_EXEC_TIMEOUT": str(execute)}
-    if base_port is not None and "HCCL_HOST_SOCKET_PORT_RANGE" not in environ:
+    if base_port is not None and not chooses_ports(environ):
         variables["HCCL_IF_BASE_PORT"] = str(base_port)
     if interface is not None and "HCCL_IF_IP" not in environ:
         # Without the sign it would be the beginning of a name.
@@ -143,6 +143,11 @@ def _routes_of_6(root: Path) -> list[_Route]:
 
 
 # -- the ports ----------------------------------------------------------------------------------
+
+
+def chooses_ports(environ: Mapping[str, str]) -> bool:
+    """Whether the user has set HCCL's ports: then none are to be looked for."""
+    return "HCCL_IF_BASE_PORT" in environ or "HCCL_HOST_SOCKET_PORT_RANGE" in environ
 
 
 def hold_base_port(

@@ -11,6 +11,7 @@ from ftlaunch.cluster import hccl
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.hccl import (
     PORTS,
+    chooses_ports,
     find_interface,
     hold_base_port,
     host_variables,
@@ -101,6 +102,7 @@ def test_what_the_user_sets_wins(name):
 )
 def test_what_says_the_same_in_another_way_wins_too(own, ours):
     assert ours not in _of_host({own: "x"})
+    assert chooses_ports({own: "x"}) is ("PORT" in own)
 
 
 # -- the interface ------------------------------------------------------------------------------
