@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ftlaunch.cluster.device import Device, device_by_index, visible_devices
+from ftlaunch.cluster.npu_smi import read_chips, read_driver_version
 
 _NPU_SMI_TIMEOUT_SECONDS = 10
 _MIB = 1024 * 1024
@@ -23,24 +24,26 @@ def find_npus(
     `root` is where /dev is looked up.
     """
     output, complaint = _run_npu_smi(environ)
-    devices = _parse_npu_smi(output, notes)
+    devices = _devices(output, notes)
     if not devices and (devices := _count_nodes(root)):
         notes.append(
             f"{len(devices)} NPUs were counted in /dev, since {complaint}: "
             "their model and memory are unknown."
         )
-    driver = re.search(r"\bVersion:\s*([\w.]{1,40})", output)
 
     def look_up(entry: str) -> Device | None:
         return device_by_index(entry, devices)
 
     variable, kind = "ASCEND_RT_VISIBLE_DEVICES", "Ascend NPU"
     visible = visible_devices(environ, variable, devices, look_up, kind, notes)
-    return visible, driver[1] if driver else None
+    return visible, read_driver_version(output)
 
 
 def cann_version(environ: Mapping[str, str], root: Path) -> str | None:
-    """The version of the installed CANN toolkit. `root` is where /usr/local is looked up."""
+    """The version of the installed CANN toolkit; "unknown" where only its library is found.
+
+    `root` is where /usr/local is looked up. ASCEND_HOME_PATH, which CANN's set_env.sh sets, wins.
+    """
     homes = [root / "usr/local/Ascend" / name for name in ("ascend-toolkit/latest", "cann")]
     if given := environ.get("ASCEND_HOME_PATH"):
         homes = [Path(given)]
@@ -52,7 +55,10 @@ def cann_version(environ: Mapping[str, str], root: Path) -> str | None:
         config = home / "version.cfg"
         if found := _search(config, r"^toolkit_installed_version=.*:([\w.-]{1,40})\]$"):
             return found
-    return None
+        # What MindSpore itself looks at: the version of the package, which is close to CANN's.
+        if found := _search(home / "compiler/version.info", r"^Version=([\w.-]{1,40})$"):
+            return found
+    return "unknown" if any((home / "lib64/libascendcl.so").exists() for home in homes) else None
 
 
 def _search(path: Path, pattern: str) -> str | None:
@@ -69,7 +75,13 @@ def _count_nodes(root: Path) -> list[Device]:
     """An NPU of unknown model for each of /dev/davinci0, davinci1, ..., by number."""
     names = [path.name for path in (root / "dev").glob("davinci*")]
     return [
-        Device(identifier=name, name="Ascend NPU", memory_bytes=0, fast_bf16=False)
+        Device(
+            identifier=name,
+            name="Ascend NPU",
+            memory_bytes=0,
+            fast_bf16=False,
+            number=int(name.removeprefix("davinci")),
+        )
         for name in sorted(names, key=lambda name: (len(name), name))
         if re.fullmatch(r"davinci\d+", name)
     ]
@@ -97,41 +109,22 @@ def _run_npu_smi(environ: Mapping[str, str]) -> tuple[str, str]:
     return done.stdout.decode(errors="replace"), "the output of npu-smi cannot be read"
 
 
-def _parse_npu_smi(output: str, notes: list[str]) -> list[Device]:
-    """One device per chip. A chip takes two rows, of three cells each:
-
-        | NPU  Name        | Health  | Power(W)  Temp(C)  Hugepages-Usage(page)    |
-        | Chip [Phy-ID]    | Bus-Id  | AICore(%)  Memory-Usage(MB) [HBM-Usage(MB)] |
-
-    Where there is HBM its usage comes last; the other memory is then that of the control CPU.
-    """
-    devices: list[Device] = []
-    npu: re.Match[str] | None = None
-    health = ""
-    for line in output.splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if len(cells) != 3:
-            continue
-        if re.fullmatch(r"[0-9A-Fa-f]{4}:[0-9A-Za-z]{2}:[0-9A-Za-z]{2}\.\d", cells[1]):
-            usages = re.findall(r"\d+\s*/\s*(\d{1,9})\b", cells[2])
-            if npu is None or not usages:
-                continue
-            chip = re.sub(r"^Ascend[ _-]?", "", npu[2])
-            if health != "OK":
-                notes.append(f"NPU {npu[1]} (Ascend {chip}) reports health {health!r}.")
-            devices.append(
-                Device(
-                    # Bus addresses repeat where chips share one or an administrator masks them.
-                    identifier=f"{len(devices)}@{cells[1]}",
-                    name=f"Ascend {chip}",
-                    memory_bytes=int(usages[-1]) * _MIB,
-                    fast_bf16=_chip_has_bf16(chip),
-                )
+def _devices(output: str, notes: list[str]) -> list[Device]:
+    devices = []
+    for place, chip in enumerate(read_chips(output)):
+        if chip.health != "OK":
+            notes.append(f"NPU {chip.npu} (Ascend {chip.name}) reports health {chip.health!r}.")
+        devices.append(
+            Device(
+                # Bus addresses repeat where chips share one or an administrator masks them.
+                identifier=f"{place}@{chip.bus_id}",
+                name=f"Ascend {chip.name}",
+                memory_bytes=chip.memory_mib * _MIB,
+                fast_bf16=_chip_has_bf16(chip.name),
+                number=chip.number,
+                occupant=chip.occupant,
             )
-            npu = None
-        else:
-            npu = re.fullmatch(r"(\d{1,4})\s+([\w.-]{1,40})", cells[0])
-            health = cells[1][:40]
+        )
     return devices
 
 

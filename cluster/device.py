@@ -14,6 +14,10 @@ class Device:
     name: str
     memory_bytes: int
     fast_bf16: bool
+    # The physical number, where the vendor has one: N of /dev/davinciN.
+    number: int | None = None
+    # The processes that use it, in words; empty: none, or the vendor was not asked.
+    occupant: str = ""
 
 
 def visible_devices(

@@ -14,7 +14,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,7 +25,15 @@ from ftlaunch.cluster.errors import UserError
 
 Accelerator = Literal["cuda", "ascend", "cpu"]
 
-_DISTRIBUTIONS = ("ftlaunch", "torch", "deepspeed", "transformers", "datasets", "mindspore")
+_DISTRIBUTIONS = (
+    "ftlaunch",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "mindspore",
+    "mindone",
+)
 _PACKAGES = ("cluster", "launcher", "strategies")
 
 
@@ -45,7 +53,8 @@ class Machine:
     fast_bf16: bool
     cpu_cores: int
     memory_bytes: int
-    # What is installed: python, ftlaunch, torch, torch_cuda (absent in a CPU build), driver, ...
+    # What is installed: python, ftlaunch, torch, torch_cuda and mindspore_ascend (absent in a CPU
+    # build), driver, cann, ...
     versions: Mapping[str, str]
     # Differs as soon as two hosts run different code of ours.
     code_fingerprint: str
@@ -55,6 +64,10 @@ class Machine:
     device_ids: tuple[str, ...] = ()
     # Why GPUs that are there cannot be used; empty when they can or there are none.
     unusable: str = ""
+    # Physical numbers of the devices, in their order; none where the vendor has no such.
+    device_numbers: tuple[int, ...] = ()
+    # By the names in device_ids: whose processes use a device already.
+    busy: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON knows it."""
@@ -62,6 +75,7 @@ class Machine:
             **dataclasses.asdict(self),
             "notes": list(self.notes),
             "device_ids": list(self.device_ids),
+            "device_numbers": list(self.device_numbers),
         }
 
     @classmethod
@@ -73,14 +87,13 @@ class Machine:
         if not isinstance(data, dict):
             raise ValueError(f"a machine is an object, not {type(data).__name__}")
         values: dict[str, Any] = {}
-        for field in dataclasses.fields(cls):
-            if field.name not in data:
-                raise ValueError(f"machine without {field.name}")
-            value = data[field.name]
-            if not _FIELD_CHECKS[str(field.type)](value):
-                raise ValueError(f"machine with {field.name} of {value!r:.80}: not {field.type}")
-            values[field.name] = value
-        values["versions"] = dict(values["versions"])
+        for each in dataclasses.fields(cls):
+            if each.name not in data:
+                raise ValueError(f"machine without {each.name}")
+            value = data[each.name]
+            if not _FIELD_CHECKS[str(each.type)](value):
+                raise ValueError(f"machine with {each.name} of {value!r:.80}: not {each.type}")
+            values[each.name] = dict(value) if isinstance(value, dict) else value
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items()
@@ -105,6 +118,9 @@ _FIELD_CHECKS: Mapping[str, Callable[[Any], bool]] = {
     "Mapping[str, str]": _is_text_map,
     "tuple[str, ...]": lambda value: (
         isinstance(value, (list, tuple)) and all(isinstance(line, str) for line in value)
+    ),
+    "tuple[int, ...]": lambda value: (
+        isinstance(value, (list, tuple)) and all(_is_count(number) for number in value)
     ),
 }
 
@@ -135,6 +151,11 @@ def detect_machine(environ: Mapping[str, str], root: Path = Path("/")) -> Machin
             )
     elif npus:
         accelerator, devices, driver = "ascend", npus, ascend_driver
+        if cann and not environ.get("ASCEND_HOME_PATH"):
+            notes.append(
+                f"CANN {cann} is installed, but ASCEND_HOME_PATH is not set: MindSpore finds its "
+                "libraries only where CANN's set_env.sh was sourced."
+            )
     else:
         accelerator, devices, driver = "cpu", [_find_cpu(root, memory_bytes)], None
     unusable = ""
@@ -159,6 +180,8 @@ def detect_machine(environ: Mapping[str, str], root: Path = Path("/")) -> Machin
         notes=tuple(notes),
         device_ids=tuple(device.identifier for device in devices if device.identifier),
         unusable=unusable,
+        device_numbers=tuple(device.number for device in devices if device.number is not None),
+        busy={device.identifier: device.occupant for device in devices if device.occupant},
     )
 
 
@@ -184,13 +207,41 @@ def check_framework(machine: Machine) -> None:
             "Install a CUDA build (pip install 'ftlaunch[cuda]'), or set CUDA_VISIBLE_DEVICES= "
             "to train on the CPU on purpose."
         )
-    if machine.accelerator == "ascend" and "mindspore" not in versions:
+    if machine.accelerator == "ascend" and (missing := _missing_for_ascend(versions)):
         raise UserError(
-            f"{devices} but mindspore is not installed. Only MindSpore trains on Ascend NPUs. "
-            "Install the MindSpore release that fits the installed CANN "
-            f"({versions.get('cann', 'none found')}), or set ASCEND_RT_VISIBLE_DEVICES= to train "
-            "on the CPU on purpose."
+            f"{devices} but {missing}, or set ASCEND_RT_VISIBLE_DEVICES= to train on the CPU on "
+            "purpose."
         )
+
+
+def _missing_for_ascend(versions: Mapping[str, str]) -> str:
+    """What keeps MindSpore from using the NPUs, the rule, and what to do; empty: nothing."""
+    cann = versions.get("cann")
+    if "mindspore" not in versions:
+        return (
+            "mindspore is not installed. Only MindSpore trains on Ascend NPUs. Install the "
+            f"MindSpore release that fits the installed CANN ({cann or 'none found'})"
+        )
+    if "mindspore_ascend" not in versions:
+        return (
+            f"the installed mindspore {versions['mindspore']} is a CPU build: it has no "
+            "lib/plugin/libmindspore_ascend.so. Training would run on the CPU without a word. "
+            f"Install a build for Ascend that fits the installed CANN ({cann or 'none found'})"
+        )
+    if cann is None:
+        return (
+            "CANN was not found, neither in ASCEND_HOME_PATH nor in "
+            "/usr/local/Ascend/ascend-toolkit/latest nor in /usr/local/Ascend/cann. MindSpore "
+            "loads it to use the NPUs. Install the toolkit and the kernels that mindspore "
+            f"{versions['mindspore']} asks for and source their set_env.sh, which sets "
+            "ASCEND_HOME_PATH"
+        )
+    if "mindone" not in versions:
+        return (
+            "mindone is not installed. MindSpore's models come from it. Install it: pip install "
+            "'ftlaunch[ascend]'"
+        )
+    return ""
 
 
 def _find_cpu(root: Path, memory_bytes: int) -> Device:
@@ -232,6 +283,12 @@ def _find_versions() -> dict[str, str]:
         text = read_text(Path(spec.origin).with_name("version.py"))
         if found := re.search(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE):
             versions["torch_cuda"] = found[1]
+    spec = importlib.util.find_spec("mindspore")
+    if spec is not None and spec.origin is not None:
+        # A wheel for Linux holds a plugin for each kind of device; the number is the plugin's own.
+        plugins = (Path(spec.origin).parent / "lib/plugin").glob("libmindspore_ascend.so*")
+        for plugin in sorted(plugins):
+            versions["mindspore_ascend"] = plugin.name.partition(".so.")[2] or "1"
     return versions
 
 

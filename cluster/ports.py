@@ -10,8 +10,8 @@ import socket
 from ftlaunch.cluster.errors import UserError
 
 # Below the ephemeral range (32768 to 60999), where a client socket may take any port at any time,
-# and clear of HCCL's 60000 to 60015.
-_LOWEST, _HIGHEST = 20000, 32000
+# and clear of HCCL's own 60000 to 60031; hccl.py keeps clear of these.
+LOWEST, HIGHEST = 20000, 32000
 _ATTEMPTS = 50
 
 
@@ -30,14 +30,14 @@ def hold_port(address: str, port: int, *, listens: bool = True) -> socket.socket
             ) from None
     for _ in range(_ATTEMPTS):
         # Not seeded: two jobs that start together must not try the same ports.
-        candidate = random.SystemRandom().randrange(_LOWEST, _HIGHEST)
+        candidate = random.SystemRandom().randrange(LOWEST, HIGHEST)
         try:
             return _hold(address, candidate, listens)
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
     raise UserError(
-        f"no free port was found on {address} among {_ATTEMPTS} tried from {_LOWEST} to {_HIGHEST}. "
+        f"no free port was found on {address} among {_ATTEMPTS} tried from {LOWEST} to {HIGHEST}. "
         "Set cluster.port to one that is free."
     )
 

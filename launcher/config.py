@@ -20,6 +20,7 @@ import yaml
 from annotated_types import Ge, Gt, Le
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.cluster.rank_table import RankTable
 from ftlaunch.strategies.deepspeed_config import read_deepspeed_config
 from ftlaunch.strategies.model_config import absolute_path, looks_local
 from ftlaunch.strategies.options import (
@@ -65,6 +66,10 @@ class ClusterOptions:
     stop_timeout_seconds: Annotated[float, Gt(0)] = 300.0
     # A collective that takes longer means that a rank is lost.
     collective_timeout_seconds: Annotated[float, Gt(0)] = 1800.0
+    # Which NPU is which rank: a path, or what launcher/npus.py has read there.
+    rank_table: str | RankTable | None = None
+    # Share devices that other processes use.
+    allow_busy_devices: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -340,6 +345,8 @@ def _contradictions(config: RunConfig) -> list[str]:
     """What no single value shows to be wrong."""
     train, checkpoint = config.train, config.checkpoint
     lines = []
+    if isinstance(config.cluster.rank_table, RankTable):
+        lines.append("cluster.rank_table is a mapping: it is the path of a rank table's file.")
     if config.model.name_or_path is None and config.data.name_or_path is not None:
         lines.append("--dataset is given without --model. Name the model that is to be trained.")
     if config.data.name_or_path is None and config.model.name_or_path is not None:
@@ -394,10 +401,15 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     def always(name: str | None) -> str | None:
         return None if name is None else str(absolute_path(name))
 
+    table = config.cluster.rank_table
     return dataclasses.replace(
         config,
         output_dir=always(config.output_dir),
-        cluster=dataclasses.replace(config.cluster, hostfile=always(config.cluster.hostfile)),
+        cluster=dataclasses.replace(
+            config.cluster,
+            hostfile=always(config.cluster.hostfile),
+            rank_table=table if isinstance(table, RankTable) else always(table),
+        ),
         model=dataclasses.replace(
             config.model,
             name_or_path=absolute(config.model.name_or_path),

@@ -27,6 +27,7 @@ from ftlaunch.launcher.attempts import Timeline, run_attempts
 from ftlaunch.launcher.config import RunConfig
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.ending import show_verdict, verdict_json
+from ftlaunch.launcher.npus import with_rank_table
 from ftlaunch.launcher.output_folder import OWN_NAMES, OutputFolder, default_output_dir
 from ftlaunch.launcher.plan import LaunchPlan, halve_micro_batch, make_plan
 from ftlaunch.launcher.ranks import ADDRESS, PLAN_OF_RANKS, output_label, preparation, rank_starts
@@ -72,6 +73,7 @@ def show_plan(config: RunConfig, console: Console, *, mode: Mode = "train") -> i
     """The dry run: print the plan, start nothing."""
     check_input(config)
     machine = detect_machine(os.environ)
+    config = replace(config, cluster=with_rank_table(config.cluster, machine, os.environ))
     output_dir = str(default_output_dir(config))
     plan = make_plan(
         config,
@@ -103,6 +105,7 @@ def run_job(
     check_input(config)
     # A plan for machines like this one: most mistakes are found before anything is made or started.
     machine = detect_machine(os.environ)
+    config = replace(config, cluster=with_rank_table(config.cluster, machine, os.environ))
     folder = default_output_dir(config)
     machines = [machine] * config.cluster.nodes
     plan = make_plan(config, machines, output_dir=str(folder), mode=mode)

@@ -12,6 +12,10 @@ from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.events import StartMethod
 from ftlaunch.cluster.machine import Machine
 from ftlaunch.launcher.config import ClusterOptions
+from ftlaunch.launcher.npus import npu_places, rank_table_path, refuse_busy
+
+# Set to nothing it leaves a job no device of that kind.
+_HIDING = {"cuda": "CUDA_VISIBLE_DEVICES", "ascend": "ASCEND_RT_VISIBLE_DEVICES"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +32,7 @@ class HostPlan:
     """One node's part. `assumed`: nobody asked that host; it is taken to be like this one.
 
     devices   the driver's names of the accelerators that this node's ranks see; None: all
+    npus      of an Ascend host: the place of each rank's NPU among the visible ones (DEVICE_ID)
     """
 
     name: str
@@ -36,6 +41,7 @@ class HostPlan:
     num_devices: int
     assumed: bool
     devices: tuple[str, ...] | None
+    npus: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +77,12 @@ def make_layout(
     devices = _devices(cluster, machines, accelerator, reasons)
     threads = _threads(machines[0], cluster.nodes * devices, reasons)
     shared = kind == "local" and accelerator == "cuda" and cluster.nodes > 1
+    together = kind == "local"
+    npus = npu_places(cluster, machines, devices, accelerator, is_one_machine=together)
+    refuse_busy(cluster, machines, npus)
+    if path := rank_table_path(cluster):
+        ranks = cluster.nodes * devices
+        reasons.append(Reason(choice="rank table", value=f"{ranks} ranks", why=f"as in {path}"))
     return Layout(
         accelerator=accelerator,
         num_nodes=cluster.nodes,
@@ -89,6 +101,7 @@ def make_layout(
                     if shared
                     else None
                 ),
+                npus=npus[number],
             )
             for number, machine in enumerate(machines)
         ),
@@ -128,10 +141,23 @@ def _start_method(
 def _one_accelerator(machines: Sequence[Machine]) -> str:
     kinds = {machine.accelerator for machine in machines}
     if len(kinds) > 1:
-        table = ", ".join(f"{machine.hostname}: {machine.accelerator}" for machine in machines)
+        rows = [("node", "host", "accelerator", "devices")]
+        for number, machine in enumerate(machines):
+            has = f"{machine.num_devices} × {machine.device_name}"
+            rows.append((f"node{number}", machine.hostname, machine.accelerator, has))
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        table = "\n".join(
+            "  " + "  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows
+        )
+        hint = ""
+        if "cpu" in kinds:
+            hint = (
+                " Hosts that are listed with cpu show no device: look at the driver there, and at "
+                "CUDA_VISIBLE_DEVICES and ASCEND_RT_VISIBLE_DEVICES."
+            )
         raise UserError(
-            f"the nodes have different accelerators ({table}). One job runs on one kind: choose "
-            "hosts that are alike."
+            f"the nodes have different accelerators:\n{table}\nOne job runs on one kind: choose "
+            f"hosts that are alike.{hint}"
         )
     return kinds.pop()
 
@@ -170,7 +196,7 @@ def _devices(
         raise UserError(
             f"{cluster.nodes} nodes on this machine would share {available} × {name}: every rank "
             f"needs one of its own. Use --nodes {available} or fewer, or set "
-            "CUDA_VISIBLE_DEVICES= to run on the CPU."
+            f"{_HIDING[accelerator]}= to run on the CPU."
         )
     if cluster.devices is not None and cluster.devices > share:
         raise UserError(

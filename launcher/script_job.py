@@ -25,6 +25,7 @@ from ftlaunch.launcher.attempts import Timeline, run_attempts
 from ftlaunch.launcher.config import RunConfig
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.ending import show_verdict, verdict_json
+from ftlaunch.launcher.npus import with_rank_table
 from ftlaunch.launcher.output_folder import OutputFolder, default_output_dir
 from ftlaunch.launcher.ranks import ADDRESS, output_label
 from ftlaunch.launcher.rehearsal import Rehearsal, check_faults
@@ -85,7 +86,7 @@ def run_script(
 
 def _plan(config: RunConfig, script: Script, machines: list[Machine]) -> ScriptPlan:
     return make_script_plan(
-        config.cluster,
+        with_rank_table(config.cluster, machines[0], os.environ),
         machines * config.cluster.nodes if len(machines) == 1 else machines,
         script,
         working_dir=str(Path.cwd()),

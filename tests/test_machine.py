@@ -26,7 +26,15 @@ MACHINE = Machine(
     versions={"python": "3.11.7", "torch": "2.13.0", "torch_cuda": "13.0"},
     code_fingerprint="0123456789ab",
     notes=("a note",),
+    device_numbers=(4, 6),
+    busy={"GPU-1": "process 7 (python)"},
 )
+ASCEND_VERSIONS = {
+    "mindspore": "2.10.0",
+    "mindspore_ascend": "2",
+    "cann": "8.2.RC1",
+    "mindone": "0.5.0",
+}
 
 
 # --- the record ---------------------------------------------------------------------------------
@@ -55,6 +63,9 @@ def test_unknown_fields_are_ignored() -> None:
         {"versions": {"torch": 2}},
         {"notes": "a note"},
         {"notes": [1]},
+        {"device_numbers": [0, -1]},
+        {"device_numbers": "01"},
+        {"busy": {"GPU-1": 7}},
     ],
 )
 def test_malformed_field_is_named(change: dict[str, object]) -> None:
@@ -74,9 +85,7 @@ def test_malformed_machine(data: object) -> None:
 def test_framework_that_fits() -> None:
     check_framework(MACHINE)
     check_framework(dataclasses.replace(MACHINE, accelerator="cpu", versions={}))
-    check_framework(
-        dataclasses.replace(MACHINE, accelerator="ascend", versions={"mindspore": "2.7.1"})
-    )
+    check_framework(dataclasses.replace(MACHINE, accelerator="ascend", versions=ASCEND_VERSIONS))
 
 
 @pytest.mark.parametrize(
@@ -86,6 +95,21 @@ def test_framework_that_fits() -> None:
         ("cuda", {}, "torch is not installed.*ftlaunch.cuda.*CUDA_VISIBLE_DEVICES= "),
         ("ascend", {"torch": "2.13.0"}, "mindspore is not installed.*none found"),
         ("ascend", {"cann": "8.1.RC1"}, "8.1.RC1.*ASCEND_RT_VISIBLE_DEVICES= "),
+        (
+            "ascend",
+            {name: v for name, v in ASCEND_VERSIONS.items() if name != "mindspore_ascend"},
+            r"mindspore 2.10.0 is a CPU build.*fits the installed CANN \(8.2.RC1\)",
+        ),
+        (
+            "ascend",
+            {name: v for name, v in ASCEND_VERSIONS.items() if name != "cann"},
+            "CANN was not found.*ASCEND_HOME_PATH.*mindspore 2.10.0 asks for.*set_env.sh",
+        ),
+        (
+            "ascend",
+            {name: v for name, v in ASCEND_VERSIONS.items() if name != "mindone"},
+            "mindone is not installed.*pip install 'ftlaunch.ascend.'",
+        ),
     ],
 )
 def test_framework_that_cannot_use_the_devices(
