@@ -27,7 +27,7 @@ from ftlaunch.launcher.attempts import Timeline, run_attempts
 from ftlaunch.launcher.config import RunConfig
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.ending import show_verdict, verdict_json
-from ftlaunch.launcher.npus import with_rank_table
+from ftlaunch.launcher.npus import hccl_variables, with_rank_table
 from ftlaunch.launcher.output_folder import OWN_NAMES, OutputFolder, default_output_dir
 from ftlaunch.launcher.plan import LaunchPlan, halve_micro_batch, make_plan
 from ftlaunch.launcher.ranks import ADDRESS, PLAN_OF_RANKS, output_label, preparation, rank_starts
@@ -244,15 +244,19 @@ class _Job:
         self._allow(coordinator, "data")
         self._timeline.add(f"{plan.world_size} ranks start")
         coordinator.on_tick = lambda: self._rehearsal.tick(coordinator, self._timeline)
-        return coordinator.run(
-            rank_starts(plan, port, self._folder),
-            on_message=on_message,
-            on_output=lambda rank, text: self._console.output(
-                text, output_label(plan.cluster, plan.hosts, rank)
-            ),
-            on_stop=self._say_stopping,
-            stop_seconds=plan.cluster.stop_timeout_seconds,
-        )
+        timeout = plan.cluster.collective_timeout_seconds
+        with hccl_variables(
+            self._machine, os.environ, timeout_seconds=timeout, port=port
+        ) as variables:
+            return coordinator.run(
+                rank_starts(plan, port, self._folder, variables),
+                on_message=on_message,
+                on_output=lambda rank, text: self._console.output(
+                    text, output_label(plan.cluster, plan.hosts, rank)
+                ),
+                on_stop=self._say_stopping,
+                stop_seconds=plan.cluster.stop_timeout_seconds,
+            )
 
     def _say_stopping(self) -> None:
         what = "stopping"

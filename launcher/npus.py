@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.cluster.hccl import chooses_ports, find_interface, hold_base_port, host_variables
 from ftlaunch.cluster.machine import Machine
 from ftlaunch.cluster.rank_table import RankTable, device_places, read_rank_table
 from ftlaunch.launcher.config import ClusterOptions
@@ -33,6 +35,33 @@ def with_rank_table(
 def rank_table_path(cluster: ClusterOptions) -> str | None:
     """The file that HCCL is to read; None without a rank table."""
     return cluster.rank_table.path if isinstance(cluster.rank_table, RankTable) else None
+
+
+@contextmanager
+def hccl_variables(
+    machine: Machine, environ: Mapping[str, str], *, timeout_seconds: float, port: int
+) -> Iterator[dict[str, str]]:
+    """What the ranks of one host need for HCCL, none without NPUs; the ports are kept meanwhile.
+
+    port   of the rendezvous, which HCCL is not to take
+    """
+    if machine.accelerator != "ascend":
+        yield {}
+        return
+    base_port, lock = None, None
+    if not chooses_ports(environ):
+        base_port, lock = hold_base_port(avoid=port)
+    try:
+        yield host_variables(
+            environ,
+            base_port=base_port,
+            interface=find_interface(),
+            timeout_seconds=timeout_seconds,
+            has_infinity=machine.fast_bf16,
+        )
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 def npu_places(

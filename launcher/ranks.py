@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ftlaunch.cluster.events import Prepare, RankStart
+from ftlaunch.cluster.hccl import rank_variables as hccl_rank_variables
 from ftlaunch.cluster.world import World
 from ftlaunch.launcher.config import ClusterOptions
 from ftlaunch.launcher.layout import HostPlan
+from ftlaunch.launcher.npus import rank_table_path
 from ftlaunch.launcher.plan import LaunchPlan
 from ftlaunch.strategies.mindspore_environment import (
     SCHEDULER_MODULE,
@@ -66,8 +68,13 @@ def preparation(plan: LaunchPlan) -> Prepare:
     )
 
 
-def rank_starts(plan: LaunchPlan, port: int, folder: Path) -> list[list[RankStart]]:
-    """The ranks of each node, and on node 0 what they meet at where that is a process of its own."""
+def rank_starts(
+    plan: LaunchPlan, port: int, folder: Path, hccl: Mapping[str, str]
+) -> list[list[RankStart]]:
+    """The ranks of each node, and on node 0 what they meet at where that is a process of its own.
+
+    hccl   what ranks on NPUs need beside their own variables (`npus.hccl_variables`)
+    """
     scheduled = entry(plan.strategy).scheduler and plan.world_size > 1
     timeout = plan.cluster.collective_timeout_seconds
     all_worlds = list(worlds(plan.hosts, plan.hosts[0].num_devices, port))
@@ -82,6 +89,7 @@ def rank_starts(plan: LaunchPlan, port: int, folder: Path) -> list[list[RankStar
                     **world.to_environment(),
                     **device_environment(host),
                     **(rank_variables(world, timeout_seconds=timeout) if scheduled else {}),
+                    **_npu_environment(plan, host, world, hccl),
                 },
                 working_dir=None,
                 log_path=log_path(folder, world.rank),
@@ -117,6 +125,16 @@ def output_label(cluster: ClusterOptions, hosts: Sequence[HostPlan], rank: int) 
     if cluster.show_output != "all":
         return ""
     return f"[{hosts[rank // hosts[0].num_devices].name}:{rank}] "
+
+
+def _npu_environment(
+    plan: LaunchPlan, host: HostPlan, world: World, hccl: Mapping[str, str]
+) -> dict[str, str]:
+    if plan.accelerator != "ascend":
+        return {}
+    table = rank_table_path(plan.cluster)
+    device = host.npus[world.local_rank]
+    return {**hccl, **hccl_rank_variables(world, device=device, rank_table=table)}
 
 
 def device_environment(host: HostPlan) -> dict[str, str]:

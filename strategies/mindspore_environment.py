@@ -21,12 +21,19 @@ def rank_variables(world: World, *, timeout_seconds: float) -> dict[str, str]:
         **_cluster(world, timeout_seconds),
         "MS_ROLE": "MS_WORKER",
         "MS_NODE_ID": str(world.rank),
+        # One that lies in the user's environment is for NPUs, which get it again.
+        "RANK_TABLE_FILE": "",
     }
 
 
 def scheduler_variables(world: World, *, timeout_seconds: float) -> dict[str, str]:
     """Of the scheduler; `world` is that of any rank."""
-    return {**_cluster(world, timeout_seconds), "MS_ROLE": "MS_SCHED"}
+    return {
+        **_cluster(world, timeout_seconds),
+        "MS_ROLE": "MS_SCHED",
+        # By a rank table it would number the ranks anew.
+        "RANK_TABLE_FILE": "",
+    }
 
 
 def _cluster(world: World, timeout_seconds: float) -> dict[str, str]:

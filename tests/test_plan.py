@@ -94,7 +94,7 @@ def test_automatic_precision(machine, precision):
 def test_nodes_share_the_gpus_by_name(tmp_path):
     plan = _plan(GPU, GPU, nodes=2)
     assert plan.world_size == 4
-    starts = rank_starts(plan, 20000, tmp_path)
+    starts = rank_starts(plan, 20000, tmp_path, {})
     seen = [[rank.env["CUDA_VISIBLE_DEVICES"] for rank in ranks] for ranks in starts]
     assert seen == [["GPU-7,GPU-5"] * 2, ["GPU-3,GPU-1"] * 2]
     assert [[rank.env["LOCAL_RANK"] for rank in ranks] for ranks in starts] == [["0", "1"]] * 2

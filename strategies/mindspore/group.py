@@ -24,7 +24,8 @@ def use_device(request: StrategyRequest) -> None:
     """This rank's device, and the mode in which every operation runs when it is called."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
     if request.accelerator == "ascend":
-        ms.set_device("Ascend", request.world.local_rank)
+        # Which NPU it is stands in DEVICE_ID, or follows from the order of the ranks on the host.
+        ms.set_device("Ascend")
     else:
         ms.set_device("CPU")
         ms.runtime.dispatch_threads_num(1)
