@@ -128,15 +128,10 @@ def check_shapes(weights: Sequence[Weight], folder: Path) -> None:
     read, not their data), also when one side has the names below a prefix such as "bert.". Without:
     the input embedding against vocab_size and hidden_size of config.json, where both can be told.
     """
-    known: dict[str, tuple[int, ...]] = {}
-    try:
-        for path in sorted(folder.glob("*.safetensors")):
-            known |= {name: place.shape for name, place in read_places(path).items()}
-    except FileDamaged as error:
-        raise UserError(f"{error}. It is a file of --model: repair or remove it.") from None
+    known = model_shapes(folder)
     differences = []
     for weight in weights:
-        shape = known.get(_name_in(known, weight.name), weight.shape)
+        shape = known.get(name_in(known, weight.name), weight.shape)
         if shape != weight.shape:
             differences.append(f"{weight.name} has shape {weight.shape}, there {shape}")
     if not known:
@@ -149,7 +144,18 @@ def check_shapes(weights: Sequence[Weight], folder: Path) -> None:
         )
 
 
-def _name_in(known: Mapping[str, object], name: str) -> str:
+def model_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's weights by their names, from the headers of its safetensors files."""
+    known: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            known |= {name: place.shape for name, place in read_places(path).items()}
+        except FileDamaged as error:
+            raise UserError(f"{error}. It is a file of --model: repair or remove it.") from None
+    return known
+
+
+def name_in(known: Mapping[str, object], name: str) -> str:
     """As `known` has it: with the first part of the name, without it, or with one more."""
     if name in known:
         return name
