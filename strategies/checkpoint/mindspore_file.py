@@ -143,12 +143,13 @@ def _values(data: ProtobufFile) -> Iterator[tuple[_Value, int]]:
     """Every value, and where the next one begins."""
     offset = 0
     while offset < data.size:
-        rest = data.take(offset, min(_TRAILER_BYTES, data.size - offset))
-        if rest.startswith(_CHECKSUM[: len(rest)]):
-            if len(rest) < _TRAILER_BYTES:
+        num_left = data.size - offset
+        first = data.take(offset, min(len(_CHECKSUM), num_left))
+        if _CHECKSUM.startswith(first) and num_left <= _TRAILER_BYTES:
+            if num_left < _TRAILER_BYTES:
                 raise data.cut_off("the checksum", offset + _TRAILER_BYTES)
             return
-        if rest[0] != _VALUE:
+        if first[0] != _VALUE:
             raise data.damaged(f"no entry begins at byte {offset:,}, where one should")
         length, begin = data.varint(offset + 1, data.size)
         offset = begin + length
