@@ -350,6 +350,16 @@ def test_split_files_of_another_job(tmp_path, split):
     assert "'b' is one number" in reason(split)
 
 
+def test_split_or_whole_and_nothing_that_says_which(split):
+    """Halves of zeros, or zeros twice."""
+    for rank in range(2):
+        write_ckpt(split / f"m_op_rank_{rank}.ckpt", {"a": np.zeros((2, 3)), "b": numbers(3)})
+    assert "all ranks have the same numbers of them" in reason(split)
+    for known in ((2, 3), (4, 3)):
+        [weight, _] = open_source(split, {"a": known}).weights
+        assert weight.shape == known
+
+
 @pytest.mark.parametrize(
     ("table", "expected"),
     [

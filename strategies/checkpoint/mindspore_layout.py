@@ -34,6 +34,7 @@ from ftlaunch.strategies.checkpoint.mindspore_split import FOLDER, SplitInfo, re
 from ftlaunch.strategies.checkpoint.model_files import name_in
 from ftlaunch.strategies.checkpoint.protobuf_file import file_damaged
 from ftlaunch.strategies.checkpoint.run_reader import RunReader
+from ftlaunch.strategies.checkpoint.torch_zip import ITEM_BYTES
 from ftlaunch.strategies.checkpoint.weights import Weight, cut
 
 
@@ -177,12 +178,29 @@ def _are_whole(
         for state in states.get(name, ()):
             if (parts := parts_of(ranks[0].entries[state], shape)) in (1, info.num_ranks):
                 return parts == info.num_ranks
-    if len(ranks) == 1:
-        return False
-    # Parts of trained weights differ from one another, all of them being equal means the whole.
+    return len(ranks) > 1 and _are_copies(info, ranks, names)
+
+
+def _are_copies(info: SplitInfo, ranks: Sequence[_Rank], names: Sequence[str]) -> bool:
+    """Whether all ranks have the same bytes: parts of a trained tensor differ from one another.
+
+    UserError where the bytes tell nothing, every tensor being one number over and over.
+    """
+    varies = False
     with RunReader() as reader:
-        pairs = ((rank.weights[name], name) for rank in ranks[1:] for name in names)
-        return all(_same(reader, ranks[0].weights[name], other) for other, name in pairs)
+        for name in names:
+            first = ranks[0].weights[name]
+            if not all(_same(reader, first, rank.weights[name]) for rank in ranks[1:]):
+                return False
+            item = ITEM_BYTES[first.dtype]
+            for data in () if varies else reader.pieces(first, converts=True):
+                varies = varies or bool((data.reshape(-1, item) != data[:item]).any())
+    if not varies:
+        raise UserError(
+            f"{info.folder} says that {shown(names)} are split, but all ranks have the same numbers of "
+            "them: parts or the whole. Pass --model with a folder that has weights, whose shapes say it."
+        )
+    return True
 
 
 def _together(files: MindsporeFiles, parts: Sequence[Weight]) -> Weight:
