@@ -275,7 +275,7 @@ def test_what_the_model_has_besides_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("metadata", [{"format": "ms"}, {"format": "np"}, None], ids=str)
-def test_safetensors_that_transformers_refuses(tmp_path, metadata):
+def test_safetensors_of_mindspore(tmp_path, metadata):
     save_file(MODEL, tmp_path / "model.safetensors", metadata)
     (tmp_path / "config.json").write_text('{"dtype": "float16"}')
     for number, source in enumerate((tmp_path, tmp_path / "model.safetensors")):

@@ -37,6 +37,8 @@ from ftlaunch.strategies.checkpoint.run_reader import RunReader
 from ftlaunch.strategies.checkpoint.torch_zip import ITEM_BYTES
 from ftlaunch.strategies.checkpoint.weights import Weight, cut
 
+_SHOWN = 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MindsporeWeights:
@@ -239,12 +241,14 @@ def _same(reader: RunReader, first: Weight, other: Weight) -> bool:
 
 
 def _notes_on_files(rank: _Rank) -> Iterable[str]:
-    counts = Counter(rank.state.values())
-    texts = [name for file in rank.files for name in file.texts]
-    if counts or texts:
+    texts = [repr(name) for file in rank.files for name in file.texts]
+    counts = Counter([*rank.state.values(), *texts])
+    if counts:
         what = [f"{count:,} of {kind}" if count > 1 else kind for kind, count in counts.items()]
-        num_left_out = sum(counts.values()) + len(texts)
-        yield f"left out, since no weights ({num_left_out:,}): {', '.join([*what, *map(repr, texts)])}"
+        more = f" and {len(what) - _SHOWN:,} more" if len(what) > _SHOWN else ""
+        yield (
+            f"left out, since no weights ({sum(counts.values()):,}): {', '.join(what[:_SHOWN])}{more}"
+        )
     for file in rank.files:
         if not file.has_checksum:
             yield (

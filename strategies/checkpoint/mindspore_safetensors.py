@@ -1,7 +1,7 @@
 """What a safetensors file of MindSpore or mindone holds. Reads no tensor data but for the checksum.
 
 They differ from those of the Hugging Face libraries in their metadata: `format` is "ms"
-(`mindspore.save_checkpoint`) or "np" (mindone's `save_pretrained`), which those refuse to load.
+(`mindspore.save_checkpoint`) or "np" (mindone's `save_pretrained`), which transformers 4 refuses.
 `crc_num` is the CRC-32 of the names and bytes of all tensors, in the order of their names;
 `remove_redundancy` tells whether each rank has written a share of the tensors only.
 """
