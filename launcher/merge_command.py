@@ -25,6 +25,7 @@ from ftlaunch.strategies.checkpoint.merge import (
     written_bytes,
 )
 from ftlaunch.strategies.checkpoint.model_files import (
+    ModelShapes,
     check_shapes,
     copy_model_files,
     model_files,
@@ -134,12 +135,12 @@ def _verify(source_path: Path, target: Path) -> int:
     return EXIT_DONE
 
 
-def _shapes_of(target: Path) -> dict[str, tuple[int, ...]]:
+def _shapes_of(target: Path) -> ModelShapes | None:
     """What the names and shapes of the model are that was merged, where --model had said so."""
     try:
         return model_shapes(target)
     except UserError:
-        return {}  # told when they are compared
+        return None  # told when they are compared
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.checkpoint.mindspore_file import read_ckpt
+from ftlaunch.strategies.checkpoint.model_files import ModelShapes
 from ftlaunch.strategies.checkpoint.sources import open_source
 from tests.jobs import contents, ftlaunch, said
 from tests.mindspore_files import (
@@ -356,7 +357,7 @@ def test_split_or_whole_and_nothing_that_says_which(split):
         write_ckpt(split / f"m_op_rank_{rank}.ckpt", {"a": np.zeros((2, 3)), "b": numbers(3)})
     assert "all ranks have the same numbers of them" in reason(split)
     for known in ((2, 3), (4, 3)):
-        [weight, _] = open_source(split, {"a": known}).weights
+        [weight, _] = open_source(split, ModelShapes({"a": known})).weights
         assert weight.shape == known
 
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from ftlaunch.strategies.checkpoint.merge import write_weights
+from ftlaunch.strategies.checkpoint.model_files import ModelShapes
 from ftlaunch.strategies.checkpoint.sources import Source, open_source
 from tests.deepspeed_jobs import BERT
 from tests.jobs import contents, ftlaunch, said
@@ -34,7 +35,7 @@ from tests.test_cli import imported_by
 
 def merged(path: Path, target: Path, known: Any = None) -> tuple[Source, dict[str, np.ndarray]]:
     """The source and what `merge` writes of it."""
-    source = open_source(path, known)
+    source = open_source(path, ModelShapes(known or {}))
     target.mkdir()
     write_weights(source.weights, target)
     return source, load_file(target / "model.safetensors")
@@ -42,7 +43,7 @@ def merged(path: Path, target: Path, known: Any = None) -> tuple[Source, dict[st
 
 def names_of(tensors: Mapping[str, Any], folder: Path, known: Any = None) -> set[str]:
     """Of a checkpoint with these entries."""
-    source = open_source(write_ckpt(folder / "model.ckpt", tensors), known)
+    source = open_source(write_ckpt(folder / "model.ckpt", tensors), ModelShapes(known or {}))
     return {weight.name for weight in source.weights}
 
 
@@ -267,7 +268,7 @@ def test_a_conv1d_needs_the_model(tmp_path):
 
 def test_what_the_model_has_besides_is_told(tmp_path):
     known = {"head.weight": (2, 3), "head.bias": (2,), "pooler.weight": (3, 3)}
-    source = open_source(write_ckpt(tmp_path / "a.ckpt", MODEL), known)
+    source = open_source(write_ckpt(tmp_path / "a.ckpt", MODEL), ModelShapes(known))
     assert source.notes == ("1 weights of --model are not in the checkpoint: 'pooler.weight'",)
 
 

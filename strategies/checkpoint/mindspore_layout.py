@@ -31,7 +31,7 @@ from ftlaunch.strategies.checkpoint.mindspore_names import (
 )
 from ftlaunch.strategies.checkpoint.mindspore_safetensors import read_safetensors
 from ftlaunch.strategies.checkpoint.mindspore_split import FOLDER, SplitInfo, read_split_info
-from ftlaunch.strategies.checkpoint.model_files import name_in
+from ftlaunch.strategies.checkpoint.model_files import ModelShapes
 from ftlaunch.strategies.checkpoint.protobuf_file import file_damaged
 from ftlaunch.strategies.checkpoint.run_reader import RunReader
 from ftlaunch.strategies.checkpoint.torch_zip import ITEM_BYTES
@@ -62,7 +62,7 @@ class _Rank:
     state: Mapping[str, str]
 
 
-def mindspore_weights(files: MindsporeFiles, known: Mapping[str, Shape]) -> MindsporeWeights:
+def mindspore_weights(files: MindsporeFiles, known: ModelShapes) -> MindsporeWeights:
     """Reads headers; with several ranks all bytes, to compare them.
 
     known   shapes of the model's weights by their names in it, empty where it is not at hand
@@ -92,7 +92,7 @@ def mindspore_weights(files: MindsporeFiles, known: Mapping[str, Shape]) -> Mind
     return MindsporeWeights(num_ranks=len(ranks), weights=weights, notes=tuple(notes))
 
 
-def _read_rank(paths: Sequence[Path], known: Mapping[str, Shape]) -> _Rank:
+def _read_rank(paths: Sequence[Path], known: ModelShapes) -> _Rank:
     files = tuple(read_ckpt(p) if p.suffix == ".ckpt" else read_safetensors(p) for p in paths)
     entries: dict[str, Weight] = {}
     for file in files:
@@ -143,7 +143,7 @@ def _split_names(
     files: MindsporeFiles,
     info: SplitInfo | None,
     ranks: Sequence[_Rank],
-    known: Mapping[str, Shape],
+    known: ModelShapes,
 ) -> set[str]:
     """Names of the weights of which each rank has a part."""
     if info is None or info.num_ranks == 1:
@@ -166,7 +166,7 @@ def _split_names(
 
 
 def _are_whole(
-    info: SplitInfo, ranks: Sequence[_Rank], names: Sequence[str], known: Mapping[str, Shape]
+    info: SplitInfo, ranks: Sequence[_Rank], names: Sequence[str], known: ModelShapes
 ) -> bool:
     """Whether every rank has the whole of what is split: under ZeRO-1 and 2 only the optimizer has parts."""
     states: dict[str, list[str]] = {}
@@ -174,7 +174,7 @@ def _are_whole(
         states.setdefault(entry.partition(".")[2], []).append(entry)
     for name in names:
         shape = ranks[0].weights[name].shape
-        there = known.get(name_in(known, name))
+        there = known.shape(name)
         if there is not None and parts_of(shape, there) in (1, info.num_ranks):
             return there == shape
         for state in states.get(name, ()):
@@ -261,7 +261,7 @@ def _notes_on_names(
     before: Sequence[Weight],
     weights: Sequence[Weight],
     num_renamed: int,
-    known: Mapping[str, Shape],
+    known: ModelShapes,
 ) -> Iterable[str]:
     if num_renamed:
         example = next(
@@ -275,6 +275,6 @@ def _notes_on_names(
             "with --model and a folder that has weights"
         )
     if known:
-        there = {name_in(known, weight.name) for weight in weights}
-        if missing := [name for name in known if name not in there]:
+        there = {known.name(weight.name) for weight in weights}
+        if missing := [name for name in known.exact if name not in there]:
             yield f"{len(missing):,} weights of --model are not in the checkpoint: {shown(missing)}"

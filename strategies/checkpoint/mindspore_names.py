@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ftlaunch.cluster.errors import UserError
-from ftlaunch.strategies.checkpoint.model_files import name_in
+from ftlaunch.strategies.checkpoint.model_files import ModelShapes
 from ftlaunch.strategies.checkpoint.weights import Weight
 
 Shape = tuple[int, ...]
@@ -45,7 +45,7 @@ _RENAMED = {**_NORM, "embedding_table": "weight"}
 _SHOWN = 3
 
 
-def optimizer_state(shapes: Mapping[str, Shape], known: Mapping[str, Shape]) -> dict[str, str]:
+def optimizer_state(shapes: Mapping[str, Shape], known: ModelShapes) -> dict[str, str]:
     """Entries that are no weights → what they are, such as "adam_m" or "global_step".
 
     shapes  of all entries
@@ -58,7 +58,7 @@ def optimizer_state(shapes: Mapping[str, Shape], known: Mapping[str, Shape]) -> 
         prefix, _, rest = name.partition(".")
         if rest and _WORD.fullmatch(prefix):
             words.setdefault(prefix, []).append(name)
-        if name in known:
+        if name in known.exact:
             continue
         if _is_number(name, shape):
             found[name] = name
@@ -66,7 +66,10 @@ def optimizer_state(shapes: Mapping[str, Shape], known: Mapping[str, Shape]) -> 
             found[name] = prefix
     for word, names in words.items():
         # All or nothing: a module of this name has an entry that is not called like another.
-        if all(n not in known and _is_of(shapes[n], shapes.get(n[len(word) + 1 :])) for n in names):
+        if all(
+            n not in known.exact and _is_of(shapes[n], shapes.get(n[len(word) + 1 :]))
+            for n in names
+        ):
             found |= dict.fromkeys(names, word)
     return found
 
@@ -92,7 +95,7 @@ def parts_of(state: Shape, weight: Shape) -> int | None:
 
 
 def hugging_face_names(
-    weights: Sequence[Weight], known: Mapping[str, Shape]
+    weights: Sequence[Weight], known: ModelShapes
 ) -> tuple[tuple[Weight, ...], int]:
     """(the weights as torch has them, how many have changed); the bytes stay.
 
@@ -137,16 +140,16 @@ def _by_structure(weight: Weight, norms: set[str]) -> Weight:
     return weight
 
 
-def _as_known(weight: Weight, known: Mapping[str, Shape]) -> Weight | None:
+def _as_known(weight: Weight, known: ModelShapes) -> Weight | None:
     """Under the name and in the shape that the model has; None when it has none of them."""
     if not known:
         return None
     candidates = tuple(_candidates(weight))
     for name, shape in candidates:
-        if known.get(name) == shape:
+        if known.exact.get(name) == shape:
             return replace(weight, name=name, shape=shape)
     for name, shape in candidates:
-        if known.get(name_in(known, name)) == shape:
+        if known.shape(name) == shape:
             return replace(weight, name=name, shape=shape)
     return None
 

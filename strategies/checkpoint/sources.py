@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +24,11 @@ from ftlaunch.strategies.checkpoint.mindspore_folder import (
     of_file,
 )
 from ftlaunch.strategies.checkpoint.mindspore_layout import mindspore_weights
-from ftlaunch.strategies.checkpoint.mindspore_names import Shape
-from ftlaunch.strategies.checkpoint.model_files import CONFIG_NAME, model_files
+from ftlaunch.strategies.checkpoint.model_files import (
+    CONFIG_NAME,
+    ModelShapes,
+    model_files,
+)
 from ftlaunch.strategies.checkpoint.retention import checkpoint_folders
 from ftlaunch.strategies.checkpoint.store import checkpoint_weights
 from ftlaunch.strategies.checkpoint.weights import Weight
@@ -46,7 +49,7 @@ class Source:
     notes: tuple[str, ...]
 
 
-def open_source(folder: Path, known: Mapping[str, Shape] | None = None) -> Source:
+def open_source(folder: Path, known: ModelShapes | None = None) -> Source:
     """Reads headers, and of MindSpore what it takes to compare ranks and checksums.
 
     known   shapes of the model's weights by their names in it, where it is at hand
@@ -54,7 +57,7 @@ def open_source(folder: Path, known: Mapping[str, Shape] | None = None) -> Sourc
     """
     if folder.suffix in SUFFIXES and not folder.is_dir() and os.path.lexists(folder):
         check_is_file(folder)
-        return _mindspore(folder, of_file(folder), known or {})
+        return _mindspore(folder, of_file(folder), known or ModelShapes({}))
     if not folder.exists():
         raise UserError(f"the checkpoint {folder} does not exist. Check the path.")
     if not folder.is_dir():
@@ -67,7 +70,7 @@ def open_source(folder: Path, known: Mapping[str, Shape] | None = None) -> Sourc
     if tag_folder is not None:
         return _deepspeed(tag_folder)
     if (files := find_files(folder)) is not None:
-        return _mindspore(folder, files, known or {})
+        return _mindspore(folder, files, known or ModelShapes({}))
     raise UserError(
         f"{folder} holds no checkpoint: neither manifest.json nor a folder checkpoints/ of ftlaunch, "
         "neither latest nor *_states.pt of DeepSpeed, and no *.ckpt or *.safetensors of MindSpore."
@@ -116,7 +119,7 @@ def _deepspeed(folder: Path) -> Source:
     )
 
 
-def _mindspore(path: Path, files: MindsporeFiles, known: Mapping[str, Shape]) -> Source:
+def _mindspore(path: Path, files: MindsporeFiles, known: ModelShapes) -> Source:
     found = mindspore_weights(files, known)
     first = files.ranks[0][0].parent
     # A folder rank_0 has it beside it rather than in it.
