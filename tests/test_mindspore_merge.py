@@ -231,7 +231,7 @@ def test_names_follow_the_cells_and_not_the_words(tmp_path):
         write_ckpt(tmp_path / "a.ckpt", {**tensors, **same}), tmp_path / "merged"
     )
     assert_equal(found, {**{new: tensors[own] for own, new in expected.items()}, **same})
-    assert "7 names are those of torch now" in source.notes[0]
+    assert "renamed as in torch (7), such as " in source.notes[0]
 
 
 def test_the_model_decides_where_it_is_known(tmp_path):
@@ -269,7 +269,7 @@ def test_a_conv1d_needs_the_model(tmp_path):
 def test_what_the_model_has_besides_is_told(tmp_path):
     known = {"head.weight": (2, 3), "head.bias": (2,), "pooler.weight": (3, 3)}
     source = open_source(write_ckpt(tmp_path / "a.ckpt", MODEL), ModelShapes(known))
-    assert source.notes == ("1 weights of --model are not in the checkpoint: 'pooler.weight'",)
+    assert source.notes == ("not in the checkpoint, but in --model (1): 'pooler.weight'",)
 
 
 # -- safetensors --------------------------------------------------------------------------------

@@ -267,7 +267,7 @@ def _notes_on_names(
         example = next(
             (b.name, w.name) for b, w in zip(before, weights, strict=True) if b.name != w.name
         )
-        yield f"{num_renamed:,} names are those of torch now, such as {example[1]!r} for {example[0]!r}"
+        yield f"renamed as in torch ({num_renamed:,}), such as {example[1]!r} for {example[0]!r}"
     flat = [w.name for w in weights if is_flat_convolution(w) and w.shape[-1] > 1]
     if flat and not known:
         yield (
@@ -277,4 +277,4 @@ def _notes_on_names(
     if known:
         there = {known.name(weight.name) for weight in weights}
         if missing := [name for name in known.exact if name not in there]:
-            yield f"{len(missing):,} weights of --model are not in the checkpoint: {shown(missing)}"
+            yield f"not in the checkpoint, but in --model ({len(missing):,}): {shown(missing)}"
