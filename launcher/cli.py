@@ -17,7 +17,7 @@ Everything else is KEY=VALUE, for example train.learning_rate=2e-5 train.num_tra
   ftlaunch ... -o out                             the same command again resumes
   ftlaunch eval out --dataset DIR                 evaluates alone, writes predictions.jsonl
   ftlaunch --nodes 2 script.py --its-own args     your own script on every rank
-  ftlaunch merge out merged/                      a checkpoint as a model, also one of DeepSpeed
+  ftlaunch merge out merged/                      a checkpoint as a model, also DeepSpeed's, MindSpore's
   ftlaunch rehearse --nodes 4 --fault kill-rank:3@step5       any of these, with faults on purpose
 
 Exit codes: 0 done, 1 the job failed, 2 a mistake in what was asked for, 75 stopped on request
@@ -117,7 +117,11 @@ def build_merge_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="a checkpoint, a job's output folder, or DeepSpeed's")
+    add(
+        "source",
+        metavar="SOURCE",
+        help="a checkpoint, ours, DeepSpeed's or MindSpore's, or a job's output folder",
+    )
     add("target", metavar="TARGET", help="the folder to make; with --verify the one to compare")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: fp32)")
     add("--model", metavar="DIR_OR_HUB", help="where config.json and the tokenizer come from")

@@ -25,10 +25,12 @@ from ftlaunch.strategies.checkpoint.merge import (
     written_bytes,
 )
 from ftlaunch.strategies.checkpoint.model_files import (
+    ModelShapes,
     check_shapes,
     copy_model_files,
     model_files,
     model_folder,
+    model_shapes,
 )
 from ftlaunch.strategies.checkpoint.sources import Source, open_source
 from ftlaunch.strategies.model_config import absolute_path
@@ -56,12 +58,14 @@ def merge(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
 
 def _merge(source_path: Path, target: Path, dtype: SaveDtype, model: str | None) -> None:
     started = time.monotonic()
-    source = open_source(source_path)
+    given = None if model is None else model_folder(model)
+    source = open_source(source_path, None if given is None else model_shapes(given))
     for line in (source.what, *source.notes):
         print(one_line(line))
     if not source.weights:
         raise UserError(f"{source_path} has no weights. Merge another checkpoint.")
-    beside = _model_of(source, model)
+    # --model goes before what is there.
+    beside = source.model if given is None else (given, model_files(given))
     if beside is not None:
         check_shapes(source.weights, beside[0])
     with new_folder(target) as folder:
@@ -72,14 +76,6 @@ def _merge(source_path: Path, target: Path, dtype: SaveDtype, model: str | None)
             copy_model_files(*beside, folder, dtype=dtype)
     for line in _end(written, target, dtype, beside, time.monotonic() - started):
         print(one_line(line))
-
-
-def _model_of(source: Source, model: str | None) -> tuple[Path, tuple[str, ...]] | None:
-    """The folder and names of what stands beside the weights; --model goes before what is there."""
-    if model is None:
-        return source.model
-    folder = model_folder(model)
-    return folder, model_files(folder)
 
 
 def _check_space(source: Source, folder: Path, target: Path, dtype: SaveDtype) -> None:
@@ -114,10 +110,10 @@ def _end(
 
 def _verify(source_path: Path, target: Path) -> int:
     started = time.monotonic()
-    source = open_source(source_path)
-    print(one_line(source.what))
     if not any(target.glob("*.safetensors")):
         raise UserError(f"{target} has no safetensors files. Pass the folder that a merge made.")
+    source = open_source(source_path, _shapes_of(target))
+    print(one_line(source.what))
     differences: list[str] = []
     try:
         with _Bar(sys.stderr) as bar:
@@ -137,6 +133,14 @@ def _verify(source_path: Path, target: Path) -> int:
         f"{one_line(str(target))} is the same: {len(source.weights):,} tensors compared, {seconds:.1f} s"
     )
     return EXIT_DONE
+
+
+def _shapes_of(target: Path) -> ModelShapes | None:
+    """What the names and shapes of the model are that was merged, where --model had said so."""
+    try:
+        return model_shapes(target)
+    except UserError:
+        return None  # told when they are compared
 
 
 @contextmanager

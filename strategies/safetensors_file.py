@@ -178,6 +178,11 @@ def read_places(path: Path) -> dict[str, TensorPlace]:
     return places
 
 
+def read_metadata(path: Path) -> Mapping[str, str]:
+    """What `__metadata__` says. FileDamaged for a header that is none; OSError passes."""
+    return _open_header(path)[1]
+
+
 def _open_header(path: Path) -> tuple[dict[str, Any], Mapping[str, str], int, int]:
     """(tensor entries as they stand there, metadata, where the data begins, bytes of the file)."""
     with open(path, "rb") as file:

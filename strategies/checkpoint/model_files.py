@@ -128,16 +128,11 @@ def check_shapes(weights: Sequence[Weight], folder: Path) -> None:
     read, not their data), also when one side has the names below a prefix such as "bert.". Without:
     the input embedding against vocab_size and hidden_size of config.json, where both can be told.
     """
-    known: dict[str, tuple[int, ...]] = {}
-    try:
-        for path in sorted(folder.glob("*.safetensors")):
-            known |= {name: place.shape for name, place in read_places(path).items()}
-    except FileDamaged as error:
-        raise UserError(f"{error}. It is a file of --model: repair or remove it.") from None
+    known = model_shapes(folder)
     differences = []
     for weight in weights:
-        shape = known.get(_name_in(known, weight.name), weight.shape)
-        if shape != weight.shape:
+        shape = known.shape(weight.name)
+        if shape is not None and shape != weight.shape:
             differences.append(f"{weight.name} has shape {weight.shape}, there {shape}")
     if not known:
         differences = _against_config(weights, _read_config(folder))
@@ -149,15 +144,44 @@ def check_shapes(weights: Sequence[Weight], folder: Path) -> None:
         )
 
 
-def _name_in(known: Mapping[str, object], name: str) -> str:
-    """As `known` has it: with the first part of the name, without it, or with one more."""
-    if name in known:
-        return name
-    shorter = name.partition(".")[2]
-    if shorter in known:
-        return shorter
-    longer = [each for each in known if each.partition(".")[2] == name]
-    return longer[0] if len(longer) == 1 else name
+def model_shapes(folder: Path) -> ModelShapes:
+    """From the headers of the safetensors files in `folder`; none where there are no such files."""
+    known: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            known |= {name: place.shape for name, place in read_places(path).items()}
+        except FileDamaged as error:
+            raise UserError(f"{error}. It is a file of --model: repair or remove it.") from None
+    return ModelShapes(known)
+
+
+class ModelShapes:
+    """Shapes of a model's weights by their names, found also below a prefix such as "bert.".
+
+    exact  by the names that the model itself has
+    """
+
+    def __init__(self, exact: Mapping[str, tuple[int, ...]]) -> None:
+        self.exact = exact
+        # Without the first part → the whole name, or None where two are the same without it.
+        self._longer: dict[str, str | None] = {}
+        for name in exact:
+            rest = name.partition(".")[2]
+            self._longer[rest] = None if rest in self._longer else name
+
+    def __bool__(self) -> bool:
+        return bool(self.exact)
+
+    def name(self, name: str) -> str | None:
+        """As the model has it: with the first part of the name, without it, or with one more."""
+        if name in self.exact:
+            return name
+        shorter = name.partition(".")[2]
+        return shorter if shorter in self.exact else self._longer.get(name)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        found = self.name(name)
+        return None if found is None else self.exact[found]
 
 
 def _against_config(weights: Sequence[Weight], config: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
-"""Whose checkpoint a folder holds, told by looking: ours, a job's output folder, or DeepSpeed's."""
+"""Whose checkpoint it is, told by looking: ours, a job's output folder, DeepSpeed's or MindSpore's."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,19 @@ from ftlaunch.strategies.checkpoint.manifest import (
     CheckpointDamaged,
     read_manifest,
 )
-from ftlaunch.strategies.checkpoint.model_files import CONFIG_NAME, model_files
+from ftlaunch.strategies.checkpoint.mindspore_file import check_is_file
+from ftlaunch.strategies.checkpoint.mindspore_folder import (
+    SUFFIXES,
+    MindsporeFiles,
+    find_files,
+    of_file,
+)
+from ftlaunch.strategies.checkpoint.mindspore_layout import mindspore_weights
+from ftlaunch.strategies.checkpoint.model_files import (
+    CONFIG_NAME,
+    ModelShapes,
+    model_files,
+)
 from ftlaunch.strategies.checkpoint.retention import checkpoint_folders
 from ftlaunch.strategies.checkpoint.store import checkpoint_weights
 from ftlaunch.strategies.checkpoint.weights import Weight
@@ -36,8 +49,15 @@ class Source:
     notes: tuple[str, ...]
 
 
-def open_source(folder: Path) -> Source:
-    """Reads headers alone. UserError when there is no checkpoint, or none that is whole."""
+def open_source(folder: Path, known: ModelShapes | None = None) -> Source:
+    """Reads headers, and of MindSpore what it takes to compare ranks and checksums.
+
+    known   shapes of the model's weights by their names in it, where it is at hand
+    UserError when there is no checkpoint, or none that is whole.
+    """
+    if folder.suffix in SUFFIXES and not folder.is_dir() and os.path.lexists(folder):
+        check_is_file(folder)
+        return _mindspore(folder, of_file(folder), known or ModelShapes({}))
     if not folder.exists():
         raise UserError(f"the checkpoint {folder} does not exist. Check the path.")
     if not folder.is_dir():
@@ -49,10 +69,12 @@ def open_source(folder: Path) -> Source:
     tag_folder = find_tag_folder(folder)
     if tag_folder is not None:
         return _deepspeed(tag_folder)
+    if (files := find_files(folder)) is not None:
+        return _mindspore(folder, files, known or ModelShapes({}))
     raise UserError(
         f"{folder} holds no checkpoint: neither manifest.json nor a folder checkpoints/ of ftlaunch, "
-        f"and neither latest nor *_states.pt of DeepSpeed.{_hint(folder)} Pass a checkpoint's folder, "
-        "or the output folder of a job."
+        "neither latest nor *_states.pt of DeepSpeed, and no *.ckpt or *.safetensors of MindSpore."
+        f"{_hint(folder)} Pass a checkpoint's folder, or the output folder of a job."
     )
 
 
@@ -91,6 +113,21 @@ def _deepspeed(folder: Path) -> Source:
     places = [place for place in (folder, folder.parent) if (place / CONFIG_NAME).is_file()]
     return Source(
         what=f"{folder}: DeepSpeed, {kind}, written by {found.num_ranks} rank(s)",
+        weights=found.weights,
+        model=(places[0], model_files(places[0])) if places else None,
+        notes=found.notes,
+    )
+
+
+def _mindspore(path: Path, files: MindsporeFiles, known: ModelShapes) -> Source:
+    found = mindspore_weights(files, known)
+    first = files.ranks[0][0].parent
+    # A folder rank_0 has it beside it rather than in it.
+    around = (first, files.folder, first.parent) if files.has_ranks else (first,)
+    places = [place for place in around if (place / CONFIG_NAME).is_file()]
+    of_ranks = f", written by {found.num_ranks} rank(s)" if files.has_ranks else ""
+    return Source(
+        what=f"{path}: MindSpore{of_ranks}",
         weights=found.weights,
         model=(places[0], model_files(places[0])) if places else None,
         notes=found.notes,
