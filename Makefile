@@ -4,14 +4,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# torch and MindSpore do not fit into one environment.
+MS_VENV := .venv-mindspore
+MS_BIN := $(MS_VENV)/bin
+MS_STAMP := $(MS_VENV)/.installed
 
-.PHONY: demo test faults check format setup clean
+.PHONY: demo test test-torch test-mindspore faults check format setup clean
 
 demo: $(STAMP)
 	$(BIN)/ftlaunch --nodes 4
 
-test: $(STAMP)
+test: test-torch test-mindspore
+
+test-torch: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-mindspore: $(STAMP) $(MS_STAMP)
+	$(MS_BIN)/python -m pytest
 
 faults: $(STAMP)
 	$(BIN)/python -m pytest -m faults
@@ -25,7 +34,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-setup: $(STAMP)
+setup: $(STAMP) $(MS_STAMP)
 
 # torch comes first and pinned: pip then takes a CPU build where one is offered.
 $(STAMP): pyproject.toml constraints/torch.txt
@@ -35,5 +44,11 @@ $(STAMP): pyproject.toml constraints/torch.txt
 	$(BIN)/python -m pip install --quiet -c constraints/torch.txt -e '.[test]'
 	touch $@
 
+$(MS_STAMP): pyproject.toml constraints/mindspore.txt
+	test -x $(MS_BIN)/python || $(PYTHON) -m venv $(MS_VENV)
+	$(MS_BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(MS_BIN)/python -m pip install --quiet -c constraints/mindspore.txt -e '.[ascend]' pytest
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(MS_VENV) build dist *.egg-info

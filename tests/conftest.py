@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,47 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# torch and MindSpore do not fit into one environment; the tests run in both, each what it can.
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+HAS_MINDSPORE = importlib.util.find_spec("mindspore") is not None
+_FOLDER = Path(__file__).parent
+# Tests of shared code that need no torch.
+_IN_BOTH = (
+    "test_ascend.py",
+    "test_batches.py",
+    "test_bad_input.py",
+    "test_console.py",
+    "test_events.py",
+    "test_fork_server.py",
+    "test_hccl.py",
+    "test_metrics.py",
+    "test_mindspore_bad_input.py",
+    "test_model_folder.py",
+    "test_npus.py",
+    "test_rank_table.py",
+    "test_recorder.py",
+    "test_report.py",
+    "test_safetensors_file.py",
+    "test_sample_order.py",
+    "test_text_classification.py",
+)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave out what the other environment runs."""
+    if collection_path.suffix != ".py" or not collection_path.name.startswith("test_"):
+        return None
+    if collection_path.parent == _FOLDER / "mindspore":
+        return None if HAS_MINDSPORE else True
+    if collection_path.parent == _FOLDER and not HAS_TORCH:
+        return None if collection_path.name in _IN_BOTH else True
+    return None
+
+
+def pytest_report_header(config):
+    frameworks = [n for n, has in (("torch", HAS_TORCH), ("MindSpore", HAS_MINDSPORE)) if has]
+    return f"frameworks: {', '.join(frameworks) or 'none'}"
 
 
 @pytest.fixture(autouse=True, scope="session")

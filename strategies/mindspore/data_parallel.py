@@ -212,7 +212,7 @@ class MindSporeDataParallel:
         self.model.set_train(False)
         rows = len(batch.labels)
         logits = logits_of(self._forward, self._in_known_shape(batch))
-        result: NDArray[np.float32] = logits.astype(ms.float32).asnumpy()[:rows]
+        result: NDArray[np.float32] = logits.astype(ms.float32).asnumpy()[:rows].copy()
         return result
 
     def sum_across_ranks(self, values: NDArray[Any]) -> NDArray[Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import mint, nn
+from mindspore import mint, nn, ops
 from numpy.typing import NDArray
 
 _MAX_SEED = 2**31
@@ -37,9 +37,16 @@ def _construct(cell: Any, x: Any) -> Any:
     return mint.nn.functional.dropout(x, cell.p, True)
 
 
+def _function(input: Any, p: float = 0.5, training: bool = True, seed: int | None = None) -> Any:
+    if not training or p == 0.0:
+        return input
+    return mint.nn.functional.dropout(input, p, True)
+
+
 def make_dropout_stateless() -> None:
-    """Both dropout cells draw through one function. The classic one has a generator of its own, in
-    its kernel, that no seed sets back.
+    """Everything draws through one function. The classic ones have a generator of their own, in their
+    kernel, that no seed sets back.
     """
     for cell in (nn.Dropout, mint.nn.Dropout):
         cell.construct = _construct
+    ops.dropout = _function

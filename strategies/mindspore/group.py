@@ -66,7 +66,8 @@ def sum_across_ranks(world: World, values: NDArray[Any]) -> NDArray[Any]:
         total: NDArray[Any] = gather(world, values).sum(axis=0)
         return total
     flat = ms.Tensor(np.ascontiguousarray(values).reshape(-1))
-    summed: NDArray[Any] = all_reduce(flat).asnumpy().reshape(values.shape)
+    # A copy: what `asnumpy` shows is MindSpore's memory, which ends with the group.
+    summed: NDArray[Any] = all_reduce(flat).asnumpy().copy().reshape(values.shape)
     return summed
 
 

@@ -1,0 +1,364 @@
+"""The strategy `mindspore` on real ranks of a CPU, against torch's plain computation and against numpy."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from ftlaunch.strategies.data.sample_order import samples_digest
+from ftlaunch.strategies.loop import Cursor, train
+from ftlaunch.strategies.schedule import Schedule
+from tests import tiny
+from tests.mindspore.ranks import run_ranks
+from tests.mindspore.torch_side import run_torch
+
+FAMILIES = {
+    "roberta": {
+        "model_type": "roberta",
+        **tiny.CONFIGS["bert"],
+        "pad_token_id": 1,
+        "max_position_embeddings": 66,
+    },
+    "distilbert": {
+        "model_type": "distilbert",
+        "vocab_size": tiny.VOCABULARY,
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 2,
+        "hidden_dim": 48,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    },
+    "llama": {**tiny.CONFIGS["qwen2"], "model_type": "llama"},
+}
+FAMILIES["roberta"]["model_type"] = "roberta"
+
+
+def write_config(folder, family):
+    if family in tiny.CONFIGS:
+        return tiny.write_config(folder, family)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(FAMILIES[family]))
+    return folder
+
+
+def create(world, folder, **options):
+    from ftlaunch.strategies.mindspore import data_parallel
+
+    return data_parallel.create(tiny.request(world, None, folder, **options))
+
+
+# -- gradients ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_torch(tmp_path_factory):
+    """(family, step) → (the model's folder, torch's gradient of that window by name), each once."""
+    known = {}
+
+    def look_up(family, step):
+        if (family, step) not in known:
+            folder = write_config(tmp_path_factory.mktemp(family), family)
+            run_torch("gradient", folder, step, folder / "expected.npz")
+            known[family, step] = folder, dict(np.load(folder / "expected.npz"))
+        return known[family, step]
+
+    return look_up
+
+
+def _window_gradient(world, folder, micro_batch, step):
+    """Name → the gradient of one window, summed over the ranks; and the micro-batches it took."""
+    from ftlaunch.strategies.mindspore.group import all_reduce
+
+    strategy = create(world, folder)
+    table = tiny.random_table(18)
+    view = tiny.windows(world, table, global_batch=15, micro_batch=micro_batch)
+    indices = view.order.global_batch(step)
+    total = view.collator.total_items(indices)
+    batches = list(view.micro_batches(indices, step))
+    for batch, last in batches:
+        strategy.accumulate(batch, total, last=last)
+    mine = strategy._gradients
+    assert mine is not None
+    summed = [all_reduce(g.reshape(-1)) if world.size > 1 else g for g in mine]
+    found = {
+        name: gradient.asnumpy().copy().reshape(parameter.shape)
+        for (name, parameter), gradient in zip(strategy._trained, summed, strict=True)
+    }
+    strategy.close()
+    return found, len(batches)
+
+
+def _compare(gradient, expected):
+    assert gradient.keys() == expected.keys()
+    flat, wanted = (
+        np.concatenate([side[name].ravel() for name in sorted(side)]).astype(np.float64)
+        for side in (gradient, expected)
+    )
+    norms = np.linalg.norm(flat), np.linalg.norm(wanted)
+    return norms[0] / norms[1], flat @ wanted / norms[0] / norms[1]
+
+
+# As in the test of ddp: 18 samples in global batches of 15, so the second window has 3.
+@pytest.mark.parametrize(
+    ("ranks", "micro_batch", "step", "accumulation"),
+    [(1, 4, 0, 4), (2, 4, 0, 2), (2, 2, 0, 4), (2, 2, 1, 1), (1, 4, 1, 1)],
+    ids=["1x4", "2x2", "2x4", "2 ranks, last window", "1 rank, last window"],
+)
+def test_window_gradient_is_that_of_the_full_batch(
+    in_torch, ranks, micro_batch, step, accumulation
+):
+    folder, expected = in_torch("bert", step)
+    for gradient, batches in run_ranks(ranks, _window_gradient, folder, micro_batch, step):
+        assert batches == accumulation
+        ratio, cosine = _compare(gradient, expected)
+        print(f"{ranks} ranks: ratio {ratio:.7f} cosine {cosine:.9f}")
+        assert abs(ratio - 1) < 1e-4
+        assert cosine > 0.99999
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "qwen2", "llama"])
+def test_families_have_the_gradients_that_they_have_in_torch(in_torch, family):
+    folder, expected = in_torch(family, 0)
+    [(gradient, _)] = run_ranks(1, _window_gradient, folder, 4, 0)
+    ratio, cosine = _compare(gradient, expected)
+    print(f"{family}: ratio {ratio:.7f} cosine {cosine:.9f}")
+    assert abs(ratio - 1) < 1e-4
+    assert cosine > 0.99999
+
+
+def test_a_rank_without_samples_takes_part(in_torch):
+    """3 samples in the last window on 4 ranks: one rank has only filler."""
+    folder, expected = in_torch("bert", 1)
+    for gradient, _ in run_ranks(4, _window_gradient, folder, 2, 1):
+        ratio, cosine = _compare(gradient, expected)
+        assert abs(ratio - 1) < 1e-4
+        assert cosine > 0.99999
+
+
+# -- samples ------------------------------------------------------------------------------------
+
+
+def _epoch(world, folder):
+    """The samples of this rank in one epoch of 100, as the strategy is handed them, and the digests."""
+    strategy = create(world, folder)
+    seen, digests = [], []
+    inner = strategy.accumulate
+
+    def accumulate(batch, total_items, *, last):
+        seen.extend(int(index) for index in batch.indices if index >= 0)
+        inner(batch, total_items, last=last)
+
+    strategy.accumulate = accumulate
+    view = tiny.windows(world, tiny.random_table(100), global_batch=12, micro_batch=3)
+
+    def after_step(report):
+        digests.append(samples_digest(report.indices))
+        return False
+
+    train(
+        strategy,
+        view,
+        Schedule(name="linear", peak=1e-3, warmup_steps=0, total_steps=9),
+        Cursor(),
+        total_steps=9,
+        stop_requested=lambda: False,
+        after_step=after_step,
+    )
+    strategy.close()
+    return seen, digests
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_sample_is_read_once_in_an_epoch(tmp_path, ranks):
+    folder = write_config(tmp_path / "bert", "bert")
+    results = run_ranks(ranks, _epoch, folder)
+    everything = [index for seen, _ in results for index in seen]
+    assert sorted(everything) == list(range(100))
+    assert all(len(seen) > 100 // ranks - 10 for seen, _ in results)
+    assert len({tuple(digests) for _, digests in results}) == 1
+
+
+# -- overflow -----------------------------------------------------------------------------------
+
+
+def _overflow(world, folder, precision, poison):
+    """Three steps; in the second, rank 1's gradient of one parameter is not finite."""
+    import mindspore as ms
+
+    strategy = create(world, folder, precision=precision, initial_loss_scale=1024.0)
+    view = tiny.windows(world, tiny.random_table(36), global_batch=12, micro_batch=3)
+    seen = []
+    for step in range(3):
+        indices = view.order.global_batch(step)
+        total = view.collator.total_items(indices)
+        for batch, last in view.micro_batches(indices, step):
+            strategy.accumulate(batch, total, last=last)
+        if step == 1 and world.rank == 1:
+            number = [name for name, _ in strategy._trained].index(poison)
+            bad = strategy._gradients[number].asnumpy().copy()
+            bad.flat[5] = np.inf
+            strategy._gradients[number] = ms.Tensor(bad)
+        before = {n: p.asnumpy().copy() for n, p in strategy._trained}
+        outcome = strategy.apply(1e-3, stop=False, saving=0.0)
+        changed = any(not np.array_equal(before[n], p.asnumpy()) for n, p in strategy._trained)
+        seen.append((outcome, changed))
+    weights = {n: p.asnumpy().copy() for n, p in strategy._trained}
+    state = dict(strategy.loss_scale_state())
+    strategy.close()
+    return seen, weights, state
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_overflow_on_one_rank_is_skipped_by_both_and_named(tmp_path, precision):
+    folder = write_config(tmp_path / "bert", "bert")
+    poison = "bert.encoder.layer.1.attention.self.query.weight"
+    results = run_ranks(2, _overflow, folder, precision, poison)
+    (seen, weights, state), (other_seen, other_weights, other_state) = results
+    assert [outcome for outcome, _ in seen] == [outcome for outcome, _ in other_seen]
+    assert [outcome.applied for outcome, _ in seen] == [True, False, True]
+    assert [changed for _, changed in seen] == [True, False, True]
+    assert seen[1][0].culprit == poison
+    assert not np.isfinite(seen[1][0].grad_norm)
+    for name, values in weights.items():
+        np.testing.assert_array_equal(values, other_weights[name])
+    scales = [outcome.loss_scale for outcome, _ in seen]
+    assert scales == ([1.0, 1.0, 1.0] if precision == "fp32" else [1024.0, 1024.0, 512.0])
+    assert state == other_state
+
+
+def _flag_of_saturation(world, folder):
+    """Rank 1 finds its own gradient not finite; what arrives after the sum is finite, as on an NPU
+    that saturates."""
+    from ftlaunch.strategies.mindspore import data_parallel
+
+    strategy = create(world, folder)
+    view = tiny.windows(world, tiny.random_table(12), global_batch=12, micro_batch=6)
+    indices = view.order.global_batch(0)
+    for batch, last in view.micro_batches(indices, 0):
+        strategy.accumulate(batch, 12.0, last=last)
+    if world.rank == 1:
+        import mindspore as ms
+
+        bad = strategy._gradients[3].asnumpy().copy()
+        bad.flat[0] = np.inf
+        strategy._gradients[3] = ms.Tensor(bad)
+    through = data_parallel.all_reduce
+
+    def saturating(bucket):
+        from mindspore import ops
+
+        return through(ops.clip_by_value(bucket, -65504.0, 65504.0))
+
+    data_parallel.all_reduce = saturating
+    outcome = strategy.apply(1e-3, stop=False, saving=0.0)
+    name = strategy._trained[3][0]
+    strategy.close()
+    return outcome, name
+
+
+def test_the_flag_does_not_travel_with_the_gradients(tmp_path):
+    folder = write_config(tmp_path / "bert", "bert")
+    for outcome, name in run_ranks(2, _flag_of_saturation, folder):
+        assert not outcome.applied
+        assert outcome.culprit == name
+
+
+# -- dropout, shapes, names -----------------------------------------------------------------------
+
+
+def _losses(world, folder, dropout, seeds):
+    from dataclasses import replace
+
+    strategy = create(world, folder, model={"dropout": dropout})
+    view = tiny.windows(world, tiny.random_table(12), global_batch=12, micro_batch=12)
+    [(batch, _)] = view.micro_batches(view.order.global_batch(0), 0)
+    found = []
+    for seed in seeds:
+        strategy._window_loss = 0.0
+        strategy._gradients = None
+        strategy.accumulate(replace(batch, seed=seed), 12.0, last=True)
+        found.append(strategy._window_loss)
+    return found
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "qwen2"])
+def test_dropout_follows_from_the_seed_of_the_micro_batch(tmp_path, family):
+    folder = write_config(tmp_path / family, family)
+    [(first, second, again)] = run_ranks(1, _losses, folder, 0.3, [11, 12, 11])
+    assert first == again
+    assert abs(first - second) > 1e-4
+
+
+def _padded(world, folder):
+    """The gradient and the logits of a batch as it is, and in a shape of the few."""
+    from ftlaunch.strategies.mindspore.forward import pad_to_buckets
+
+    strategy = create(world, folder)
+    view = tiny.windows(world, tiny.random_table(11), global_batch=11, micro_batch=11)
+    [(batch, _)] = view.micro_batches(view.order.global_batch(0), 0)
+    padded = pad_to_buckets(batch, rows=16, pad_token_id=0)
+    found = []
+    for each in (batch, padded):
+        strategy._gradients = None
+        strategy._window_loss = 0.0
+        strategy.accumulate(each, 11.0, last=True)
+        flat = np.concatenate([g.asnumpy().ravel() for g in strategy._gradients])
+        found.append((each.inputs["input_ids"].shape, strategy._window_loss, flat))
+        assert strategy.predict(each).shape == (len(each.labels), 3)
+    rows = [strategy.predict(each)[:11] for each in (batch, padded)]
+    return found, rows
+
+
+@pytest.mark.parametrize("family", ["bert", "qwen2"])
+def test_padding_to_few_shapes_changes_nothing(tmp_path, family):
+    folder = write_config(tmp_path / family, family)
+    [(found, rows)] = run_ranks(1, _padded, folder)
+    (_, loss, gradient), (shape, padded_loss, padded_gradient) = found
+    assert shape in [(16, 32), (16, 48)]
+    assert abs(padded_loss / loss - 1) < 1e-6
+    error = np.linalg.norm(padded_gradient - gradient) / np.linalg.norm(gradient)
+    assert error < 1e-5, error
+    np.testing.assert_allclose(rows[0], rows[1], rtol=1e-4, atol=1e-6)
+
+
+# -- AdamW --------------------------------------------------------------------------------------
+
+
+def _adamw(world, gradients, rate, epsilon):
+    import mindspore as ms
+
+    from ftlaunch.strategies.mindspore.adamw import AdamW
+
+    ms.set_device("CPU")
+    parameters = [
+        ("w", ms.Parameter(np.ones((3, 4), np.float32), name="w")),
+        ("b", ms.Parameter(np.ones(4, np.float32), name="b")),
+    ]
+    optimizer = AdamW(parameters, beta1=0.9, beta2=0.999, epsilon=epsilon, weight_decay=0.1)
+    for step in gradients:
+        optimizer.step([ms.Tensor(g) for g in step], rate)
+    return [p.asnumpy() for _, p in parameters]
+
+
+def test_adamw_is_the_published_one():
+    generator = np.random.default_rng(0)
+    gradients = [
+        [generator.standard_normal((3, 4), np.float32), generator.standard_normal(4, np.float32)]
+        for _ in range(8)
+    ]
+    rate, epsilon = 1e-2, 1e-3
+    [found] = run_ranks(1, _adamw, gradients, rate, epsilon)
+    for number, decay in ((0, 0.1), (1, 0.0)):
+        weight = np.ones_like(gradients[0][number], dtype=np.float64)
+        first, second = np.zeros_like(weight), np.zeros_like(weight)
+        for step, each in enumerate(gradients, start=1):
+            gradient = each[number].astype(np.float64)
+            weight -= rate * decay * weight
+            first = 0.9 * first + 0.1 * gradient
+            second = 0.999 * second + 0.001 * gradient**2
+            corrected = np.sqrt(second / (1 - 0.999**step)) + epsilon
+            weight -= rate * (first / (1 - 0.9**step)) / corrected
+        np.testing.assert_allclose(found[number], weight, rtol=2e-6)
