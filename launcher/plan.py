@@ -205,12 +205,13 @@ def _check_packages(strategy: str, machines: Sequence[Machine]) -> None:
     package = needed.package
     for machine in machines:
         check_framework(machine)
-        if package not in machine.versions:
-            raise UserError(
-                f"{machine.hostname} lacks {package}, which the strategy {strategy} needs. "
-                f"Install a build of it that fits the machine: pip install {package}."
-                + _other_strategies(machine)
-            )
+        for name in (package, *needed.also):
+            if name not in machine.versions:
+                raise UserError(
+                    f"{machine.hostname} lacks {name}, which the strategy {strategy} needs. "
+                    f"Install a build of it that fits the machine: pip install {name}."
+                    + _other_strategies(machine)
+                )
         if not needed.is_new_enough(machine.versions[package]):
             raise UserError(
                 f"{machine.hostname} has {package} {machine.versions[package]}; the strategy "
@@ -224,7 +225,8 @@ def _other_strategies(machine: Machine) -> str:
     others = [
         name
         for name, each in STRATEGIES.items()
-        if each.package in machine.versions and machine.accelerator in each.accelerators
+        if {each.package, *each.also} <= machine.versions.keys()
+        and machine.accelerator in each.accelerators
     ]
     return f" With what is installed --strategy {' or '.join(others)} runs." if others else ""
 

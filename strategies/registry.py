@@ -17,6 +17,7 @@ class StrategyEntry:
 
     implementation   "module:function"; the function takes a `StrategyRequest` and returns a Strategy
     package          what has to be installed, of version `at_least`
+    also             further packages that have to be there
     preload          modules that a process imports before it forks ranks: all that they will need
     fp16_on          accelerators on which it computes in fp16
     bf16_on          the same for bf16
@@ -31,6 +32,7 @@ class StrategyEntry:
     fp16_on: tuple[str, ...]
     bf16_on: tuple[str, ...] = ("cpu", "cuda")
     scheduler: bool = False
+    also: tuple[str, ...] = ()
     zero_stage: int | None = None
     at_least: str = "0"
 
@@ -80,6 +82,7 @@ STRATEGIES: dict[str, StrategyEntry] = {
     "mindspore": StrategyEntry(
         implementation="ftlaunch.strategies.mindspore.data_parallel:create",
         package="mindspore",
+        also=("mindone",),
         accelerators=("ascend", "cpu"),
         preload=("ftlaunch.strategies.mindspore.data_parallel",),
         # Its CPU kernels for products of matrices know fp32 and fp64.

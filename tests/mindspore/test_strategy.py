@@ -144,7 +144,8 @@ def test_a_rank_without_samples_takes_part(in_torch):
 def _epoch(world, folder):
     """The samples of this rank in one epoch of 100, as the strategy is handed them, and the digests."""
     strategy = create(world, folder)
-    seen, digests = [], []
+    seen: list[int] = []
+    digests: list[str] = []
     inner = strategy.accumulate
 
     def accumulate(batch, total_items, *, last):
