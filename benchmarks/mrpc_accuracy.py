@@ -2,6 +2,7 @@
 
     python -m benchmarks.mrpc_accuracy --model FOLDER --data FOLDER --out mrpc.json
     python -m benchmarks.mrpc_accuracy --strategies ddp zero2 zero3 --no-peer …
+    python -m benchmarks.mrpc_accuracy --strategies ddp mindspore --no-peer --epochs 1 …
 
 The data folder holds train.jsonl and test.jsonl with sentence1, sentence2 and label. Both sides:
 2 ranks of 1 thread, global batch 32, learning rate 2e-4 falling to 0, at most 128 tokens, fp32.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -33,6 +35,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--max-steps", type=int, help="overrides --epochs, to try the script")
     parser.add_argument("--strategies", nargs="*", default=["ddp"], metavar="NAME", help="ours")
+    parser.add_argument(
+        "--mindspore-python",
+        default=".venv-mindspore/bin/python",
+        metavar="FILE",
+        help="of the environment with MindSpore",
+    )
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
         "--our-precision",
@@ -59,6 +67,9 @@ def work_of(options: argparse.Namespace, side: str, seed: int) -> Work:
         epochs=options.epochs,
         max_steps=options.max_steps,
         evaluate=True,
+        python=str(Path(options.mindspore_python).absolute())
+        if side == "mindspore"
+        else sys.executable,
     )
 
 

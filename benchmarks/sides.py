@@ -30,6 +30,7 @@ class Work:
 
     data             a folder with train.jsonl and test.jsonl
     strategy         of ours
+    python           of ours: the interpreter of the environment that has its framework
     precision        None: the side's own choice (ours only; the peer has fp32)
     micro_batch      at most so many rows at a time on a rank; None: the side's own choice
                      (the peer: the global batch over the ranks, without accumulation)
@@ -55,6 +56,7 @@ class Work:
     padding: Padding = "dynamic"
     evaluate: bool = False
     strategy: str = "ddp"
+    python: str = sys.executable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +190,7 @@ def _peer_command(work: Work, out: Path) -> list[str]:
 
 
 def _our_command(work: Work, out: Path, *, cache: Path) -> list[str]:
-    command = [sys.executable, "-m", "ftlaunch.launcher"]
+    command = [work.python, "-m", "ftlaunch.launcher"]
     command += ["--nodes", str(work.ranks), "--model", str(work.model)]
     command += ["--dataset", str(work.data), "-o", str(out), "--strategy", work.strategy]
     if work.precision is not None:
