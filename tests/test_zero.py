@@ -334,6 +334,30 @@ def test_no_weight_is_rounded_before_it_is_trained(bert, tmp_path, name, precisi
         np.testing.assert_array_equal(found[key], value.reshape(-1), err_msg=key)
 
 
+def _states_made(world, listen_fd, folder, name, root):
+    """(states that loading has made, flat vectors that have one)"""
+    from ftlaunch.strategies.torch import zero_state
+
+    made = []
+
+    def new_state(*args):
+        made.append(1)
+        return make(*args)
+
+    make = vars(zero_state)["_new_state"]
+    vars(zero_state)["_new_state"] = new_state
+    strategy = registry.load(name)(_request(world, listen_fd, folder))
+    assert load_newest(strategy, root, on_damaged=print) is not None
+    return len(made), len(strategy._optimizer.optimizer.state)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
+def test_loading_makes_one_state_for_each_flat_vector(bert, saved, name):
+    """One is as large as the vector, and dozens of parameters share it."""
+    for made, vectors in run_ranks(2, _states_made, bert, name, saved("ddp")[0]):
+        assert made == vectors > 0
+
+
 def _resume_with_damage(world, listen_fd, folder, name, root, where):
     """Rank 1 alone finds the newest checkpoint damaged: in its manifest, or halfway through it."""
     strategy = registry.load(name)(_request(world, listen_fd, folder))

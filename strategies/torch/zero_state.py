@@ -217,9 +217,10 @@ class ZeroState:
             for piece in self._pieces():
                 _copy_piece(reader, "weight", piece, piece.flat)
                 if optimizer_steps > 0 and piece.name in reader.names("exp_avg"):
-                    state = base.state.setdefault(piece.flat, _new_state(piece, optimizer_steps))
+                    if piece.flat not in base.state:
+                        base.state[piece.flat] = _new_state(piece, optimizer_steps)
                     for moment in _MOMENTS:
-                        _copy_piece(reader, moment, piece, state[moment])
+                        _copy_piece(reader, moment, piece, base.state[piece.flat][moment])
 
     def _gathered(self, parameter: Any) -> Any:
         """The whole parameter, where it is split; what is written to it is kept on every rank."""
