@@ -358,6 +358,31 @@ def test_loading_makes_one_state_for_each_flat_vector(bert, saved, name):
         assert made == vectors > 0
 
 
+def _frozen_after_loading(world, listen_fd, folder, name, root, seed):
+    """This rank's slices of what is frozen, after loading into a model of other random weights."""
+    model = {"freeze": ("bert.embeddings",)}
+    request = tiny.request(world, listen_fd, folder, model=model, precision="bf16", seed=seed)
+    strategy = registry.load(name)(request)
+    if seed == 7:
+        Saver(strategy, root).save(tiny.manifest(1, world_size=world.size), now=True)
+    else:
+        assert load_newest(strategy, root, on_damaged=print) is not None
+    return [piece for piece in strategy.state_slices() if "embeddings" in piece.name]
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
+def test_frozen_weights_are_saved_again_as_the_checkpoint_has_them(bert, tmp_path, name):
+    """Neither as the model came nor rounded to bf16, in which it computes."""
+    found = []
+    for seed in (7, 8):
+        for slices in run_ranks(2, _frozen_after_loading, bert, name, tmp_path, seed):
+            found.append({(piece.name, piece.start): piece.values for piece in slices})
+    for before, after in zip(found[:2], found[2:], strict=True):
+        assert before.keys() == after.keys()
+        for key, values in before.items():
+            np.testing.assert_array_equal(after[key], values, err_msg=str(key))
+
+
 def _resume_with_damage(world, listen_fd, folder, name, root, where):
     """Rank 1 alone finds the newest checkpoint damaged: in its manifest, or halfway through it."""
     strategy = registry.load(name)(_request(world, listen_fd, folder))
