@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import shutil
 import threading
@@ -306,6 +307,19 @@ def test_a_rank_of_zero3_never_holds_the_whole_model(tmp_path, precision):
         # A quarter of the weights is in bf16 an eighth of the file; libraries have some of their own.
         print(f"peak {peak / 2**20:.0f} MiB of {whole / 2**20:.0f} MiB")
         assert peak < whole / 2
+
+
+def _left_of_loading(world, listen_fd, folder):
+    """Tensors that are as large as the largest parameter, in the dtype that computes."""
+    strategy = registry.load("zero3")(tiny.request(world, listen_fd, folder, precision="bf16"))
+    largest = max(p.ds_numel for p in strategy._engine.module.parameters())
+    tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+    return [list(t.shape) for t in tensors if t.dtype == torch.bfloat16 and t.numel() == largest]
+
+
+def test_the_place_through_which_zero3_loads_is_given_back(bert):
+    """Of an 8B model it is 1 GB of each rank."""
+    assert run_ranks(2, _left_of_loading, bert) == [[], []]
 
 
 def _weights_at_the_start(world, listen_fd, folder, name, precision):
