@@ -25,7 +25,7 @@ from ftlaunch.strategies.safetensors_file import (
     FileDamaged,
     SafetensorsFile,
     open_file,
-    write_file,
+    write_tensors,
 )
 
 
@@ -34,16 +34,19 @@ def shard_name(rank: int, world_size: int) -> str:
 
 
 def write_shard(path: Path, slices: Iterable[TensorSlice]) -> None:
-    """Write one rank's slices, whole or not at all. OSError passes through (disk full)."""
-    tensors: dict[str, NDArray[Any]] = {}
+    """Write one rank's slices, whole or not at all. OSError passes through (disk full).
+
+    They are gone through twice, for the header and for the bytes, so that no more than one has to be
+    in memory; both times they must be the same.
+    """
+    kinds: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
     table: list[dict[str, Any]] = []
     for piece in slices:
-        key = f"{piece.kind}/{piece.name}@{piece.start}"
-        values = np.ascontiguousarray(piece.values).reshape(-1)
-        tensors[key] = values
+        values = _flat(piece)
+        kinds[_key(piece)] = (values.dtype, values.shape)
         table.append(
             {
-                "key": key,
+                "key": _key(piece),
                 "kind": piece.kind,
                 "name": piece.name,
                 "shape": list(piece.shape),
@@ -51,7 +54,16 @@ def write_shard(path: Path, slices: Iterable[TensorSlice]) -> None:
                 "crc32": _checksum(values),
             }
         )
-    write_file(path, tensors, {"format": "ftlaunch", "slices": json.dumps(table)})
+    metadata = {"format": "ftlaunch", "slices": json.dumps(table)}
+    write_tensors(path, kinds, ((_key(piece), _flat(piece)) for piece in slices), metadata)
+
+
+def _key(piece: TensorSlice) -> str:
+    return f"{piece.kind}/{piece.name}@{piece.start}"
+
+
+def _flat(piece: TensorSlice) -> NDArray[Any]:
+    return np.ascontiguousarray(piece.values).reshape(-1)
 
 
 @dataclass(frozen=True, slots=True)
