@@ -19,6 +19,7 @@ from safetensors.torch import load_file as load_torch_file
 from safetensors.torch import save_file as save_torch_file
 from transformers import BertConfig, BertForMaskedLM
 
+from ftlaunch.launcher.merge_target import new_folder
 from ftlaunch.strategies.checkpoint.conversion import SaveDtype
 from ftlaunch.strategies.checkpoint.merge import write_weights
 from ftlaunch.strategies.checkpoint.sources import open_source
@@ -371,6 +372,34 @@ def test_a_merge_that_is_ended_leaves_nothing_and_can_be_done_again(saved, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
     assert [path.name for path in target.iterdir()] == ["model.safetensors"]
     assert merge("--verify", source, target).returncode == 0
+
+
+def test_a_cleanup_that_is_interrupted_does_not_block_the_next_merge(tmp_path, monkeypatch):
+    """By a second Ctrl-C, at any of the files: what is left is still known as a merge's."""
+    target, names = tmp_path / "merged", [f"model-{i}.safetensors" for i in range(5)]
+    unlink, at = os.unlink, [0]
+
+    def interrupted(*args, **kwargs):
+        at[0] -= 1
+        if at[0] == 0:
+            raise KeyboardInterrupt
+        unlink(*args, **kwargs)
+
+    # Five files and the mark.
+    for number in range(1, 7):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            monkeypatch.context() as patch,
+            new_folder(target) as folder,
+        ):
+            for name in names:
+                (folder / name).touch()
+            at[0] = number
+            patch.setattr(os, "unlink", interrupted)
+            raise OSError("the disk is full")
+    with new_folder(target) as folder:
+        assert [path.name for path in folder.iterdir()] == [".ftlaunch-merge"]
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 def test_two_merges_into_one_target_do_not_disturb_each_other(saved, tmp_path):
