@@ -6,6 +6,7 @@ import gc
 import importlib
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,11 @@ from safetensors.numpy import load_file
 
 from ftlaunch.strategies import registry
 from ftlaunch.strategies.checkpoint import resuming
-from ftlaunch.strategies.checkpoint.manifest import CheckpointDamaged, read_manifest
+from ftlaunch.strategies.checkpoint.manifest import (
+    CheckpointDamaged,
+    read_manifest,
+    write_manifest,
+)
 from ftlaunch.strategies.checkpoint.resuming import load_newest
 from ftlaunch.strategies.checkpoint.saver import Saver
 from ftlaunch.strategies.checkpoint.store import CheckpointReader
@@ -432,7 +437,9 @@ def test_what_one_rank_finds_damaged_is_passed_over_by_all(bert, saved, tmp_path
     root, _ = saved("ddp")
     shutil.copytree(root, tmp_path / "checkpoints")
     older = tmp_path / "checkpoints" / f"step-{SAVED_AT:08d}"
-    shutil.copytree(older, older.with_name(f"step-{SAVED_AT + 1:08d}"))
+    newest = older.with_name(f"step-{SAVED_AT + 1:08d}")
+    shutil.copytree(older, newest)
+    write_manifest(newest, replace(read_manifest(older), step=SAVED_AT + 1))
     for step, told in run_ranks(
         2, _resume_with_damage, bert, name, tmp_path / "checkpoints", where
     ):
