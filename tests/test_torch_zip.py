@@ -281,6 +281,25 @@ def test_members_beyond_the_file(tmp_path):
         read_torch_file(path)
 
 
+@pytest.mark.parametrize("offset", [1 << 63, (1 << 64) - 2, 1 << 40])
+def test_a_member_that_begins_beyond_the_file(tmp_path, offset):
+    """Its place is in the extra field, in 64 bits."""
+    path = rewrite(saved(tmp_path / "file.pt", {"a": torch.zeros(10)}), {})
+    data = bytearray(path.read_bytes())
+    entry = data.find(b"PK\x01\x02")
+    [name_bytes] = struct.unpack("<H", data[entry + 28 : entry + 30])
+    extra = struct.pack("<HHQ", 1, 8, offset)
+    data[entry + 30 : entry + 32] = struct.pack("<H", len(extra))
+    data[entry + 42 : entry + 46] = b"\xff" * 4
+    data[entry + 46 + name_bytes : entry + 46 + name_bytes] = extra
+    end = data.rfind(b"PK\x05\x06")
+    [table_bytes] = struct.unpack("<I", data[end + 12 : end + 16])
+    data[end + 12 : end + 16] = struct.pack("<I", table_bytes + len(extra))
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="is not where it should be"):
+        read_torch_file(path)
+
+
 def test_other_formats(tmp_path):
     """torch.save's old one, a zip archive of something else, bytes of another order."""
     path = tmp_path / "file.pt"

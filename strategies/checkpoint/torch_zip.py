@@ -147,8 +147,9 @@ def _members(path: Path, file: BinaryIO, size: int) -> dict[str, tuple[int, int]
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise _damaged(path, f"its member {info.filename[:100]!r} is compressed or encrypted")
-        head = os.pread(file.fileno(), _LOCAL_HEADER.size, max(0, info.header_offset))
-        if len(head) < _LOCAL_HEADER.size or info.header_offset < 0 or head[:4] != b"PK\x03\x04":
+        inside = 0 <= info.header_offset <= size - _LOCAL_HEADER.size
+        head = os.pread(file.fileno(), _LOCAL_HEADER.size, info.header_offset) if inside else b""
+        if len(head) < _LOCAL_HEADER.size or head[:4] != b"PK\x03\x04":
             raise _damaged(path, f"its member {info.filename[:100]!r} is not where it should be")
         _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(head)
         offset = info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
