@@ -201,6 +201,9 @@ def read_places(path: Path) -> dict[str, TensorPlace]:
 
 def _open_header(path: Path) -> tuple[dict[str, Any], Mapping[str, str], int, int]:
     """(tensor entries as they stand there, metadata, where the data begins, bytes of the file)."""
+    if path.exists() and not path.is_file():
+        # Opening a pipe would wait for ever.
+        raise FileDamaged(path, "it is no file")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         raw = _read_header(path, file, size)

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.strategies.checkpoint.manifest import CheckpointDamaged, read_manifest
 from ftlaunch.strategies.checkpoint.merge import compare_weights, write_weights
+from ftlaunch.strategies.checkpoint.resuming import newest_manifest
 from ftlaunch.strategies.checkpoint.sources import open_source
 from ftlaunch.strategies.checkpoint.weights import cut
 from tests.deepspeed_jobs import BERT
@@ -430,6 +432,26 @@ def test_a_model_that_is_none(saved, tmp_path):
     assert "is no folder" in refused(tmp_path, source, "--model", tmp_path / "nowhere")
     text = refused(tmp_path, source, "--model", "no-such/model")
     assert "neither a folder here nor could it be had from the hub" in text
+
+
+def test_pipes_are_not_waited_for(saved, tmp_path):
+    """In the place of a model's weights, of what is verified, and of a manifest."""
+    source = saved["mlm2"].folder
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    os.mkfifo(model / "model.safetensors")
+    assert "it is no file" in refused(tmp_path, source, "--model", model)
+    result = ftlaunch("merge", "--verify", source, model, timeout=60)
+    assert result.returncode == 2, said(result)
+    assert "it is no file" in result.stderr
+    folder = tmp_path / "out" / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "manifest.json")
+    assert "holds no checkpoint" in refused(tmp_path, tmp_path / "out")
+    assert newest_manifest(folder.parent) is None
+    with pytest.raises(CheckpointDamaged, match="is no file"):
+        read_manifest(folder)
 
 
 # -- verify -------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from ftlaunch.strategies.safetensors_file import (
     FileDamaged,
     open_file,
+    read_places,
     write_file,
     write_tensors,
 )
@@ -206,3 +207,12 @@ def test_tensors_that_come_one_by_one_in_any_order(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"has not come|was not said"):
             write_tensors(tmp_path / "wrong", kinds, wrong, {})
     assert not (tmp_path / "wrong").exists()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for read in (open_file, read_places):
+        with pytest.raises(FileDamaged, match="it is no file"):
+            read(tmp_path / "pipe")
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "nothing")

@@ -82,6 +82,9 @@ def read_manifest(folder: Path) -> Manifest:
     """CheckpointDamaged when it is not whole; UserError for another format version."""
     path = folder / MANIFEST_NAME
     try:
+        if path.exists() and not path.is_file():
+            # Opening a pipe would wait for ever.
+            raise CheckpointDamaged(folder, f"{MANIFEST_NAME} is no file")
         raw = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointDamaged(folder, f"it has no {MANIFEST_NAME}") from None
