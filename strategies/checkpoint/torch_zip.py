@@ -51,6 +51,8 @@ _DTYPES = {"uint16": "U16", "uint32": "U32", "uint64": "U64"}
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 # Far above that of any model: half a million parameters have a pickle of some 100 MB.
 _MAX_PICKLE_BYTES = 1 << 28
+# Some 100 bytes for each storage, of which zipfile makes several times as much.
+_MAX_TABLE_BYTES = 1 << 25
 _MAX_AXES = 32
 _REMEDY = "Copy it anew from where it was written, or merge another checkpoint."
 
@@ -136,6 +138,14 @@ def _damaged(path: Path, reason: str) -> UserError:
 def _members(path: Path, file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
     """Member name → (first byte, number of bytes), every one inside the file."""
     try:
+        # ZipFile itself would read all of it, however large.
+        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+        table_bytes = end[zipfile._ECD_SIZE] if end else 0  # type: ignore[attr-defined]
+        if table_bytes > _MAX_TABLE_BYTES:
+            raise _damaged(
+                path,
+                f"its table of contents has {table_bytes:,} bytes, more than any model needs",
+            )
         with zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OSError):
