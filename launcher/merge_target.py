@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ftlaunch.cluster.errors import UserError
@@ -39,7 +39,8 @@ def new_folder(target: Path) -> Iterator[Path]:
             # Another folder is never replaced: rename refuses one that is not empty.
             temporary.rename(target)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):
+                _remove(temporary)
             raise
         (target / _MARK).unlink(missing_ok=True)
         sync_folder(target)
@@ -96,8 +97,19 @@ def _clear(temporary: Path, target: Path) -> None:
             f"away, or choose another target than {target}."
         )
     (temporary / _MARK).touch()
-    for path in temporary.iterdir():
+    _empty(temporary)
+
+
+def _empty(folder: Path) -> None:
+    """But for our mark: whatever interrupts this, the next merge knows the folder."""
+    for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != _MARK:
             path.unlink()
+
+
+def _remove(folder: Path) -> None:
+    _empty(folder)
+    (folder / _MARK).unlink(missing_ok=True)
+    folder.rmdir()

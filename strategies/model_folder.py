@@ -5,14 +5,16 @@ It is merged from a checkpoint: no rank has to hold the model for it.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ftlaunch.cluster.errors import JobError, UserError
 from ftlaunch.strategies.base import Strategy
-from ftlaunch.strategies.checkpoint.agreement import long_all_or_none
+from ftlaunch.strategies.checkpoint.agreement import all_or_none, long_all_or_none
 from ftlaunch.strategies.checkpoint.conversion import SaveDtype
-from ftlaunch.strategies.checkpoint.manifest import read_manifest
+from ftlaunch.strategies.checkpoint.manifest import CheckpointDamaged, read_manifest
 from ftlaunch.strategies.checkpoint.merge import write_weights
 from ftlaunch.strategies.checkpoint.model_files import fit_config
 from ftlaunch.strategies.checkpoint.store import checkpoint_weights
@@ -35,12 +37,12 @@ def write_model_folder(
     Returns the folder and, on rank 0, the first tensor with numbers too large for `dtype`, if there
     is one. CheckpointDamaged, on rank 0 alone, when the bytes are not those that were written.
     """
-    temporary = target.with_name(f"{target.name}.unfinished")
+    temporary = _beside(target, "new")
     overflowed: str | None = None
 
     def write() -> None:
         nonlocal overflowed
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         temporary.mkdir(parents=True)
         for name, content in model_files.items():
             with replace_file(temporary / name) as file:
@@ -49,25 +51,46 @@ def write_model_folder(
         weights = checkpoint_weights(checkpoint, read_manifest(checkpoint))
         overflowed = write_weights(weights, temporary, dtype=dtype).overflowed
         sync_folder(temporary)
+
+    def put_in_place() -> None:
         _replace(target, temporary)
 
-    is_main = strategy.world.is_main
+    is_main, what = strategy.world.is_main, f"the model {target}"
     try:
-        long_all_or_none(
-            strategy, write if is_main else lambda: None, f"the model {target}", alive=alive
-        )
-    finally:
+        long_all_or_none(strategy, write if is_main else _nothing, what, alive=alive)
+        # Not before all have agreed: whoever lost a rank meanwhile leaves the old one.
+        all_or_none(strategy, put_in_place if is_main else _nothing, what)
+    except (UserError, JobError, CheckpointDamaged):
+        # After other errors the thread may still write into it: the next run removes it.
         if is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
+        raise
     return target, overflowed
+
+
+def _nothing() -> None:
+    """What ranks other than 0 write."""
+
+
+def _beside(target: Path, what: str) -> Path:
+    """A name that is nobody else's."""
+    return target.with_name(f".ftlaunch-{target.name}-{what}")
 
 
 def _replace(target: Path, new: Path) -> None:
     """A folder cannot be renamed over another: the old one steps aside first."""
-    old = target.with_name(f"{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
+    old = _beside(target, "old")
+    _remove(old)
+    if os.path.lexists(target):
         target.rename(old)
     new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     sync_folder(target.parent)
+
+
+def _remove(path: Path) -> None:
+    """A folder, or a link to one, which stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

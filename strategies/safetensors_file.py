@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -137,14 +137,35 @@ def write_file(
 
     Raises OSError as it comes; the temporary file is gone then.
     """
+    kinds = {name: (array.dtype, array.shape) for name, array in tensors.items()}
+    write_tensors(path, kinds, tensors.items(), metadata)
+
+
+def write_tensors(
+    path: Path,
+    kinds: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
+    tensors: Iterable[tuple[str, NDArray[Any]]],
+    metadata: Mapping[str, str],
+) -> None:
+    """As `write_file`, holding one tensor at a time: dtype and shape of each are known beforehand.
+
+    ValueError when other tensors come than were said.
+    """
     # Largest elements first, so that every tensor starts at a multiple of its element size.
-    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
-    header = _encode_header(ordered, metadata)
+    ordered = dict(sorted(kinds.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
+    header, offsets = _encode_header(ordered, metadata)
     with replace_file(path) as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
-        for array in ordered.values():
+        for name, array in tensors:
+            if name not in offsets or (array.dtype, array.shape) != kinds[name]:
+                raise ValueError(
+                    f"{name!r} comes as {array.dtype} {array.shape}, which was not said"
+                )
+            file.seek(8 + len(header) + offsets.pop(name))
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        if offsets:
+            raise ValueError(f"{next(iter(offsets))!r} has not come")
 
 
 def open_file(path: Path) -> SafetensorsFile:
@@ -185,6 +206,9 @@ def read_metadata(path: Path) -> Mapping[str, str]:
 
 def _open_header(path: Path) -> tuple[dict[str, Any], Mapping[str, str], int, int]:
     """(tensor entries as they stand there, metadata, where the data begins, bytes of the file)."""
+    if path.exists() and not path.is_file():
+        # Opening a pipe would wait for ever.
+        raise FileDamaged(path, "it is no file")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         raw = _read_header(path, file, size)
@@ -193,23 +217,29 @@ def _open_header(path: Path) -> tuple[dict[str, Any], Mapping[str, str], int, in
     return header, metadata, 8 + len(raw), size
 
 
-def _encode_header(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
+def _encode_header(
+    kinds: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The header, and where each tensor begins, counted from where the data begins."""
     header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
-    offset = 0
-    for name, array in tensors.items():
-        dtype_name = _DTYPE_NAMES.get(array.dtype)
+    offsets: dict[str, int] = {}
+    position = 0
+    for name, (dtype, shape) in kinds.items():
+        dtype_name = _DTYPE_NAMES.get(dtype)
         if dtype_name is None or name == _METADATA:
-            raise ValueError(f"cannot write tensor {name!r} of dtype {array.dtype}")
+            raise ValueError(f"cannot write tensor {name!r} of dtype {dtype}")
+        end = position + math.prod(shape) * dtype.itemsize
         header[name] = {
             "dtype": dtype_name,
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
+            "shape": list(shape),
+            "data_offsets": [position, end],
         }
-        offset += array.nbytes
+        offsets[name] = position
+        position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     if len(text) + 8 > _MAX_HEADER_BYTES:
         raise ValueError(f"header of {len(text)} bytes exceeds {_MAX_HEADER_BYTES}")
-    return text + b" " * (-len(text) % 8)
+    return text + b" " * (-len(text) % 8), offsets
 
 
 def _read_header(path: Path, file: BinaryIO, size: int) -> bytes:

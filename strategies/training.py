@@ -111,6 +111,7 @@ class TrainingRun:
             self._root,
             model_files=self._files,
             beside=options.checkpoint.async_save,
+            alive=alive,
             on_saved=self._on_saved,
         )
 

@@ -19,7 +19,9 @@ from safetensors.torch import load_file as load_torch_file
 from safetensors.torch import save_file as save_torch_file
 from transformers import BertConfig, BertForMaskedLM
 
+from ftlaunch.launcher.merge_target import new_folder
 from ftlaunch.strategies.checkpoint.conversion import SaveDtype
+from ftlaunch.strategies.checkpoint.manifest import CheckpointDamaged
 from ftlaunch.strategies.checkpoint.merge import write_weights
 from ftlaunch.strategies.checkpoint.sources import open_source
 from tests.deepspeed_jobs import BERT
@@ -242,6 +244,63 @@ def test_a_damaged_shard_is_named(own, tmp_path, damage):
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"aliases": {"classifier.weight": "not there"}},
+        {"aliases": {"classifier.weight": "classifier.bias", "classifier.bias": "bert.x"}},
+        {"best": {"step": 1, "metric": "loss", "value": 10**400, "metrics": {"loss": 1}}},
+        {"best": {"step": 1, "metric": "loss", "value": 1, "metrics": {"loss": 10**400}}},
+        {"best": {"step": -1, "metric": "loss", "value": 1, "metrics": {"loss": 1}}},
+        {"loss_scale": {"scale": 10**400, "applied_in_a_row": 0, "enabled": 0}},
+        {"step": True},
+        {"applied_steps": -1},
+        {"world_size": 1 << 63},
+        {"model_files": {"adapter_config.json": 2}},
+    ],
+    ids=lambda damage: next(iter(damage)),
+)
+def test_a_manifest_that_makes_no_sense(own, tmp_path, damage):
+    folder = tmp_path / "step-00000020"
+    shutil.copytree(own / "checkpoints" / "step-00000020", folder)
+    (folder / "model" / "adapter_config.json").write_text("{}")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | damage))
+    with pytest.raises(CheckpointDamaged, match=r"malformed|which is not there"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("shape", [-2, -3]),
+        ("shape", [1 << 60]),
+        ("shape", [2.0]),
+        ("shape", [1] * 33),
+        ("start", float("inf")),
+        ("start", -1),
+        ("start", True),
+        ("crc32", float("nan")),
+    ],
+)
+def test_a_slice_that_makes_no_sense(own, tmp_path, field, value):
+    folder = tmp_path / "step-00000020"
+    shutil.copytree(own / "checkpoints" / "step-00000020", folder)
+    shard = min(folder.glob("state-*"))
+    header = 8 + int.from_bytes(shard.read_bytes()[:8], "little")
+    content = json.loads(shard.read_bytes()[8:header])
+    table = json.loads(content["__metadata__"]["slices"])
+    table[0][field] = value
+    content["__metadata__"]["slices"] = json.dumps(table)
+    text = json.dumps(content).encode()
+    shard.write_bytes(len(text).to_bytes(8, "little") + text + shard.read_bytes()[header:])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][shard.name] = shard.stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointDamaged, match=r"where a count has to be|33 axes"):
+        open_source(folder)
+
+
 # -- files --------------------------------------------------------------------------------------
 
 
@@ -371,6 +430,34 @@ def test_a_merge_that_is_ended_leaves_nothing_and_can_be_done_again(saved, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
     assert [path.name for path in target.iterdir()] == ["model.safetensors"]
     assert merge("--verify", source, target).returncode == 0
+
+
+def test_a_cleanup_that_is_interrupted_does_not_block_the_next_merge(tmp_path, monkeypatch):
+    """By a second Ctrl-C, at any of the files: what is left is still known as a merge's."""
+    target, names = tmp_path / "merged", [f"model-{i}.safetensors" for i in range(5)]
+    unlink, at = os.unlink, [0]
+
+    def interrupted(*args, **kwargs):
+        at[0] -= 1
+        if at[0] == 0:
+            raise KeyboardInterrupt
+        unlink(*args, **kwargs)
+
+    # Five files and the mark.
+    for number in range(1, 7):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            monkeypatch.context() as patch,
+            new_folder(target) as folder,
+        ):
+            for name in names:
+                (folder / name).touch()
+            at[0] = number
+            patch.setattr(os, "unlink", interrupted)
+            raise OSError("the disk is full")
+    with new_folder(target) as folder:
+        assert [path.name for path in folder.iterdir()] == [".ftlaunch-merge"]
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 def test_two_merges_into_one_target_do_not_disturb_each_other(saved, tmp_path):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import pytest
 import torch
 
 from ftlaunch.cluster.errors import UserError
-from ftlaunch.strategies.checkpoint.merge import write_weights
+from ftlaunch.strategies.checkpoint.manifest import CheckpointDamaged, read_manifest
+from ftlaunch.strategies.checkpoint.merge import compare_weights, write_weights
+from ftlaunch.strategies.checkpoint.resuming import newest_manifest
 from ftlaunch.strategies.checkpoint.sources import open_source
+from ftlaunch.strategies.checkpoint.weights import cut
 from tests.deepspeed_jobs import BERT
 from tests.jobs import contents, ftlaunch, said
 from tests.merge_jobs import saved_jobs, write_torch_checkpoint
@@ -209,6 +213,81 @@ def test_values_that_make_no_sense(tmp_path, damage):
     assert str(folder / WHOLE) in refused(tmp_path, folder)
 
 
+@pytest.fixture
+def flat(tmp_path) -> Callable[..., Path]:
+    """A checkpoint of ZeRO-1 on one rank, of two weights of 4 numbers, with other values in it."""
+
+    def make(model: dict[Any, Any], optimizer: dict[Any, Any]) -> Path:
+        folder: Path = tmp_path / "global_step1"
+        names = ("one", "two")
+        if not folder.exists():
+            write_torch_checkpoint(folder, {name: torch.zeros(4) for name in names})
+        state = torch.load(folder / WHOLE, weights_only=False)
+        shapes = [{name: torch.Size([4]) for name in names}]
+        torch.save({**state, "param_shapes": shapes, **model}, folder / WHOLE)
+        inner = {
+            "zero_stage": 1,
+            "partition_count": [1],
+            "single_partition_of_fp32_groups": [torch.arange(8.0)],
+            "base_optimizer_state": {},
+            "param_alignment_paddings": [[0, 0]],
+            **optimizer,
+        }
+        optim = {"optimizer_state_dict": inner, "ds_version": "0.19.8"}
+        torch.save(optim, folder / OPTIMIZER.format(0))
+        return folder
+
+    return make
+
+
+_HUGE = 1 << 20_000
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "named"),
+    [
+        # The second weight would be the numbers from the start on, and the file too short.
+        ({}, {"param_alignment_paddings": [[-4, 4]]}, "-4 where a number of elements has to be"),
+        ({}, {"param_alignment_paddings": [[float("inf"), 0]]}, "inf where a number"),
+        ({}, {"param_alignment_paddings": [[True, 0]]}, "True where a number"),
+        ({}, {"param_alignment_paddings": [[_HUGE, 0]]}, "a number of 20,001 bits"),
+        ({}, {"partition_count": [_HUGE]}, "its partition_count is no count"),
+        ({}, {"zero_stage": _HUGE}, "a number of 20,001 bits"),
+        ({}, {"base_optimizer_state": {"state": {0: {"step": _HUGE}}}}, "a number of 20,001 bits"),
+        ({}, {"param_slice_mappings": [{5: 1}]}, "a int where a name has to be"),
+        ({"dp_world_size": _HUGE}, {}, "a number of 20,001 bits"),
+        ({"mp_world_size": _HUGE}, {}, "makes no sense"),
+        ({"module": {5: torch.zeros(4)}}, {}, "a name in its module is no text"),
+        ({"module": {(1, 2): 5}}, {}, "a name in its module is no text"),
+        ({"param_shapes": [{"one": (1,) * 100_000}]}, {}, "the shape of one makes no sense"),
+        ({"frozen_param_shapes": {"x": (1,) * 33}}, {}, "the shape of x makes no sense"),
+        ({"frozen_param_fragments": {5: torch.zeros(4)}}, {}, "not all named tensors"),
+    ],
+)
+def test_numbers_and_names_that_make_no_sense(flat, model, optimizer, named):
+    assert len(open_source(flat({}, {})).weights) == 2
+    file = WHOLE if model else OPTIMIZER.format(0)
+    with pytest.raises(UserError, match=re.escape(named)) as error:
+        open_source(flat(model, optimizer))
+    assert file in str(error.value)
+
+
+def test_a_weight_that_has_other_bytes_than_its_shape_needs(flat, tmp_path):
+    """Whatever let it through: the header would say more than the file has."""
+    one, two = open_source(flat({}, {})).weights
+    short = replace(two, runs=cut(two.runs, 0, 12))
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(UserError, match="12 bytes of two, of which 16 are needed"):
+        write_weights((one, short), tmp_path / "merged")
+    assert list((tmp_path / "merged").iterdir()) == []
+    write_weights((one, two), tmp_path / "merged")
+    with pytest.raises(UserError, match="12 bytes of two, of which 16 are needed"):
+        list(compare_weights((one, short), tmp_path / "merged"))
+    for start, nbytes in ((-4, 8), (4, -4), (8, 12)):
+        with pytest.raises(ValueError, match="bytes"):
+            cut(two.runs, start, nbytes)
+
+
 # -- what is not supported, or no checkpoint ----------------------------------------------------
 
 
@@ -353,6 +432,26 @@ def test_a_model_that_is_none(saved, tmp_path):
     assert "is no folder" in refused(tmp_path, source, "--model", tmp_path / "nowhere")
     text = refused(tmp_path, source, "--model", "no-such/model")
     assert "neither a folder here nor could it be had from the hub" in text
+
+
+def test_pipes_are_not_waited_for(saved, tmp_path):
+    """In the place of a model's weights, of what is verified, and of a manifest."""
+    source = saved["mlm2"].folder
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    os.mkfifo(model / "model.safetensors")
+    assert "it is no file" in refused(tmp_path, source, "--model", model)
+    result = ftlaunch("merge", "--verify", source, model, timeout=60)
+    assert result.returncode == 2, said(result)
+    assert "it is no file" in result.stderr
+    folder = tmp_path / "out" / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "manifest.json")
+    assert "holds no checkpoint" in refused(tmp_path, tmp_path / "out")
+    assert newest_manifest(folder.parent) is None
+    with pytest.raises(CheckpointDamaged, match="is no file"):
+        read_manifest(folder)
 
 
 # -- verify -------------------------------------------------------------------------------------

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -95,7 +98,77 @@ def test_damage_leaves_the_model_that_was_there(tmp_path):
     with pytest.raises(CheckpointDamaged):
         _write(checkpoint, target)
     assert (target / "model.safetensors").read_bytes() == before
-    assert not (tmp_path / "model.unfinished").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", checkpoint.name}
+
+
+def test_folders_of_the_user_stay(tmp_path):
+    """Also what a merge into `model` by hand would be called."""
+    checkpoint, target = _checkpoint(tmp_path), tmp_path / "model"
+    for name in ("model.old", "model.unfinished"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").touch()
+    for _ in range(2):
+        _write(checkpoint, target)
+    for name in ("model.old", "model.unfinished"):
+        assert (tmp_path / name / "precious").exists()
+    names = {"model", "model.old", "model.unfinished", checkpoint.name}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link"])
+def test_a_link_gives_way_and_what_it_leads_to_stays(tmp_path, kind):
+    checkpoint, target = _checkpoint(tmp_path / "checkpoints"), tmp_path / "out" / "model"
+    elsewhere = tmp_path / "elsewhere"
+    target.parent.mkdir()
+    if kind == "link":
+        elsewhere.mkdir()
+        (elsewhere / "precious").touch()
+    target.symlink_to(elsewhere)
+    for _ in range(3):
+        _write(checkpoint, target)
+        assert not target.is_symlink() and (target / "model.safetensors").is_file()
+        assert [path.name for path in target.parent.iterdir()] == ["model"]
+        target.rename(tmp_path / "real")
+        shutil.rmtree(tmp_path / "real")
+        target.symlink_to(elsewhere)
+    assert elsewhere.exists() == (kind == "link")
+    assert kind == "dangling link" or (elsewhere / "precious").exists()
+
+
+@pytest.mark.parametrize("lost_at", [1, 2])
+def test_without_the_other_ranks_the_old_model_stays(tmp_path, monkeypatch, lost_at):
+    """While it is merged, and when it is whole: what the thread does then disturbs nobody."""
+
+    class Losing(OneRank):
+        rounds = 0
+
+        def sum_across_ranks(self, values):
+            self.rounds += 1
+            if self.rounds == lost_at:
+                raise RuntimeError("connection closed by peer")
+            return values
+
+    def slowly(*args, **kwargs):
+        time.sleep(0.3 if lost_at == 1 else 0)
+        result = write_weights(*args, **kwargs)
+        done.set()
+        return result
+
+    checkpoint, target = _checkpoint(tmp_path, values=(1.0,)), tmp_path / "model"
+    _write(checkpoint, target)
+    before = (target / "model.safetensors").read_bytes()
+    newer = _checkpoint(tmp_path, step=2, values=(2.0,))
+    done, write_weights, losing = threading.Event(), merge.write_weights, Losing()
+    monkeypatch.setattr(model_folder, "write_weights", slowly)
+    monkeypatch.setattr(sys.modules[__name__], "ONE_RANK", losing)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        _write(newer, target)
+    assert done.wait(5), "the thread was disturbed"
+    time.sleep(0.2)
+    assert (target / "model.safetensors").read_bytes() == before
+    monkeypatch.undo()
+    _write(newer, target)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", checkpoint.name, newer.name}
 
 
 def test_a_long_merge_shows_that_it_lives(tmp_path, monkeypatch):

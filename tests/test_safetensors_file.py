@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ftlaunch.strategies.safetensors_file import FileDamaged, open_file, write_file
+from ftlaunch.strategies.safetensors_file import (
+    FileDamaged,
+    open_file,
+    read_places,
+    write_file,
+    write_tensors,
+)
 
 ALL_DTYPES: dict[str, Any] = {
     "f64": np.array([[1.5, -2.0], [0.0, np.inf]], dtype=np.float64),
@@ -189,3 +195,24 @@ def test_a_header_length_beyond_all_bounds(tmp_path: Path) -> None:
 def test_a_missing_file_is_an_oserror(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_file(tmp_path / "none")
+
+
+def test_tensors_that_come_one_by_one_in_any_order(tmp_path: Path) -> None:
+    kinds = {name: (array.dtype, array.shape) for name, array in ALL_DTYPES.items()}
+    write_file(tmp_path / "whole", ALL_DTYPES, {"a": "b"})
+    write_tensors(tmp_path / "one by one", kinds, reversed(ALL_DTYPES.items()), {"a": "b"})
+    assert (tmp_path / "one by one").read_bytes() == (tmp_path / "whole").read_bytes()
+    more = [*ALL_DTYPES.items(), ("f16", ALL_DTYPES["f16"])]
+    for wrong in ([*ALL_DTYPES.items()][1:], more, [("f64", np.zeros(3)), *more]):
+        with pytest.raises(ValueError, match=r"has not come|was not said"):
+            write_tensors(tmp_path / "wrong", kinds, wrong, {})
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for read in (open_file, read_places):
+        with pytest.raises(FileDamaged, match="it is no file"):
+            read(tmp_path / "pipe")
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "nothing")

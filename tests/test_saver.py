@@ -5,12 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import time
+import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ftlaunch.cluster.errors import JobError, UserError
+from ftlaunch.cluster.world import World
 from ftlaunch.strategies import registry
+from ftlaunch.strategies.base import TensorSlice
+from ftlaunch.strategies.checkpoint import agreement
 from ftlaunch.strategies.checkpoint import saver as saver_module
 from ftlaunch.strategies.checkpoint.manifest import read_manifest
 from ftlaunch.strategies.checkpoint.retention import checkpoint_folders
@@ -159,3 +164,82 @@ def test_without_memory_for_copies_it_is_written_at_once(bert, tmp_path):
     reader = CheckpointReader(folder, read_manifest(folder))
     for name in reader.names("weight"):
         reader.read_whole("weight", name)
+
+
+PIECES, PIECE_BYTES = 40, 1 << 20
+
+
+class Large:
+    """A strategy of one rank whose state comes piece by piece, as from a device."""
+
+    world = World(
+        rank=0,
+        size=1,
+        local_rank=0,
+        local_size=1,
+        node_rank=0,
+        num_nodes=1,
+        master_address="",
+        master_port=0,
+    )
+
+    def aliases(self):
+        return {}
+
+    def state_slices(self):
+        for number in range(PIECES):
+            values = np.full(PIECE_BYTES // 4, number, dtype=np.float32)
+            yield TensorSlice(
+                name=f"w{number}", kind="weight", shape=values.shape, start=0, values=values
+            )
+
+    def sum_across_ranks(self, values):
+        return values
+
+
+@pytest.mark.parametrize("why", ["it is waited for", "no memory for a copy"])
+def test_what_is_written_at_once_is_never_in_memory_as_a_whole(tmp_path, monkeypatch, why):
+    # Half of it is for copies: ten pieces, of which none may stay when the eleventh has no room.
+    monkeypatch.setattr(saver_module, "available_memory", lambda: 20 * PIECE_BYTES)
+    large: Any = Large()
+    tracemalloc.start()
+    try:
+        saver = Saver(large, tmp_path, beside=True)
+        saver.save(tiny.manifest(1), now=why == "it is waited for")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < (4 if why == "it is waited for" else 14) * PIECE_BYTES
+    folder = checkpoint_folders(tmp_path)[0]
+    reader = CheckpointReader(folder, read_manifest(folder))
+    for number in range(PIECES):
+        assert (reader.read_whole("weight", f"w{number}") == number).all()
+
+
+def test_a_checkpoint_is_the_same_file_however_it_is_written(tmp_path):
+    large: Any = Large()
+    for name, now in (("beside", False), ("at once", True)):
+        saver = Saver(large, tmp_path / name, beside=True)
+        saver.save(tiny.manifest(1), now=now)
+        saver.finish()
+    one, other = (
+        next((tmp_path / name).glob("*/state-*")).read_bytes() for name in ("beside", "at once")
+    )
+    assert one == other
+
+
+@pytest.mark.parametrize("now", [True, False])
+def test_a_long_write_shows_that_it_lives(tmp_path, monkeypatch, now):
+    def slowly(path, slices):
+        time.sleep(0.5)
+        write_shard(path, slices)
+
+    monkeypatch.setattr(saver_module, "write_shard", slowly)
+    monkeypatch.setattr(agreement, "_ROUND_SECONDS", 0.05)
+    large: Any = Large()
+    signs: list[int] = []
+    saver = Saver(large, tmp_path, beside=True, alive=lambda: signs.append(1))
+    saver.save(tiny.manifest(1), now=now)
+    saver.finish()
+    assert len(signs) >= 3
+    assert len(checkpoint_folders(tmp_path)) == 1

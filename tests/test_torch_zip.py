@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.strategies.checkpoint import restricted_pickle, torch_zip
 from ftlaunch.strategies.checkpoint.restricted_pickle import PickleRefused, Record, load_pickle
 from ftlaunch.strategies.checkpoint.torch_zip import StoredTensor, read_torch_file
 
@@ -281,6 +282,25 @@ def test_members_beyond_the_file(tmp_path):
         read_torch_file(path)
 
 
+@pytest.mark.parametrize("offset", [1 << 63, (1 << 64) - 2, 1 << 40])
+def test_a_member_that_begins_beyond_the_file(tmp_path, offset):
+    """Its place is in the extra field, in 64 bits."""
+    path = rewrite(saved(tmp_path / "file.pt", {"a": torch.zeros(10)}), {})
+    data = bytearray(path.read_bytes())
+    entry = data.find(b"PK\x01\x02")
+    [name_bytes] = struct.unpack("<H", data[entry + 28 : entry + 30])
+    extra = struct.pack("<HHQ", 1, 8, offset)
+    data[entry + 30 : entry + 32] = struct.pack("<H", len(extra))
+    data[entry + 42 : entry + 46] = b"\xff" * 4
+    data[entry + 46 + name_bytes : entry + 46 + name_bytes] = extra
+    end = data.rfind(b"PK\x05\x06")
+    [table_bytes] = struct.unpack("<I", data[end + 12 : end + 16])
+    data[end + 12 : end + 16] = struct.pack("<I", table_bytes + len(extra))
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="is not where it should be"):
+        read_torch_file(path)
+
+
 def test_other_formats(tmp_path):
     """torch.save's old one, a zip archive of something else, bytes of another order."""
     path = tmp_path / "file.pt"
@@ -328,6 +348,40 @@ def test_a_small_pickle_cannot_ask_for_endless_memory(tmp_path, pickled):
     with pytest.raises(UserError):
         read_torch_file(path)
     assert time.monotonic() - started < 1.0
+
+
+@pytest.mark.parametrize("instruction", [b"}", b"N", b"(", b"\x94", b"\x8c\x02ab"])
+def test_a_pickle_has_a_limited_number_of_instructions(monkeypatch, instruction):
+    """A byte may ask for 80 bytes of memory: a pickle of 256 MiB would take 20 GiB."""
+    monkeypatch.setattr(restricted_pickle, "_MAX_INSTRUCTIONS", 10_000)
+    with pytest.raises(PickleRefused, match="more than 10,000 instructions"):
+        load_pickle(b"\x80\x04N" + instruction * 10_000, {}, lambda pid: _NOTHING)
+    # What calls copy counts as well, however long the pickle is.
+    copies = b"e0" + b"ccollections\nOrderedDict\nh\x00\x85R" * 10
+    pickled = b"\x80\x02]q\x00(" + b"K\x01K\x02\x86" * 1100 + copies
+    with pytest.raises(PickleRefused, match="more than 10,000 instructions"):
+        load_pickle(pickled + b"B\0\0\1\0" + b"a" * (1 << 16) + b".", {}, lambda pid: _NOTHING)
+
+
+def test_a_tensor_takes_few_instructions(tmp_path, monkeypatch):
+    """So many that the limit is enough for 200,000 of them."""
+    number = 1000
+    monkeypatch.setattr(
+        *(restricted_pickle, "_MAX_INSTRUCTIONS"),
+        restricted_pickle._MAX_INSTRUCTIONS * number // 200_000,
+    )
+    module = {f"model.layers.{i}.mlp.weight": torch.zeros(1) for i in range(number)}
+    assert len(read_torch_file(saved(tmp_path / "file.pt", {"module": module}))["module"]) == number
+
+
+def test_a_table_of_contents_that_is_too_large(tmp_path, monkeypatch):
+    """Known by the record at the end, in 32 bits and in 64, before the table is read."""
+    path = saved(tmp_path / "file.pt", {"a": torch.zeros(10)})
+    monkeypatch.setattr(torch_zip, "_MAX_TABLE_BYTES", 200)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"its table of contents has \d+ bytes"):
+            read_torch_file(path)
+        rewrite(path, {})
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):

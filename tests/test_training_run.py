@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -362,6 +363,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(folders, tmp_path
     # The damaged one was written anew and is whole now.
     assert _of(Saved, messages)[-1].step == 6
     read_manifest(newest)
+
+
+def test_a_copy_under_another_step_is_passed_over(folders, tmp_path):
+    """Taken for the newest, it would have set aside what is newer than its own step."""
+    options, (newest, before) = _two_checkpoints(folders, tmp_path)
+    copy = newest.with_name("step-00000999")
+    shutil.copytree(before, copy)
+    messages = run_ranks(2, _run, options, tmp_path)[0]
+    [note] = [note for note in _of(Note, messages) if copy.name in note.text]
+    assert "a copy of step 3" in note.text and note.warning
+    assert _of(Resumed, messages)[0].checkpoint == str(newest)
+    assert checkpoint_folders(tmp_path / "checkpoints") == [newest, before]
 
 
 def test_a_folder_without_manifest_is_no_checkpoint(folders, tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,11 @@ from safetensors.numpy import load_file
 
 from ftlaunch.strategies import registry
 from ftlaunch.strategies.checkpoint import resuming
-from ftlaunch.strategies.checkpoint.manifest import CheckpointDamaged, read_manifest
+from ftlaunch.strategies.checkpoint.manifest import (
+    CheckpointDamaged,
+    read_manifest,
+    write_manifest,
+)
 from ftlaunch.strategies.checkpoint.resuming import load_newest
 from ftlaunch.strategies.checkpoint.saver import Saver
 from ftlaunch.strategies.checkpoint.store import CheckpointReader
@@ -308,6 +314,19 @@ def test_a_rank_of_zero3_never_holds_the_whole_model(tmp_path, precision):
         assert peak < whole / 2
 
 
+def _left_of_loading(world, listen_fd, folder):
+    """Tensors that are as large as the largest parameter, in the dtype that computes."""
+    strategy = registry.load("zero3")(tiny.request(world, listen_fd, folder, precision="bf16"))
+    largest = max(p.ds_numel for p in strategy._engine.module.parameters())
+    tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+    return [list(t.shape) for t in tensors if t.dtype == torch.bfloat16 and t.numel() == largest]
+
+
+def test_the_place_through_which_zero3_loads_is_given_back(bert):
+    """Of an 8B model it is 1 GB of each rank."""
+    assert run_ranks(2, _left_of_loading, bert) == [[], []]
+
+
 def _weights_at_the_start(world, listen_fd, folder, name, precision):
     """What a checkpoint would hold before the first step: this rank's slices."""
     model = {"random_weights": False, "freeze": ("bert.embeddings",)}
@@ -332,6 +351,55 @@ def test_no_weight_is_rounded_before_it_is_trained(bert, tmp_path, name, precisi
                 found[piece.name][piece.start : piece.start + piece.values.size] = piece.values
     for key, value in expected.items():
         np.testing.assert_array_equal(found[key], value.reshape(-1), err_msg=key)
+
+
+def _states_made(world, listen_fd, folder, name, root):
+    """(states that loading has made, flat vectors that have one)"""
+    from ftlaunch.strategies.torch import zero_state
+
+    made = []
+
+    def new_state(*args):
+        made.append(1)
+        return make(*args)
+
+    make = vars(zero_state)["_new_state"]
+    vars(zero_state)["_new_state"] = new_state
+    strategy = registry.load(name)(_request(world, listen_fd, folder))
+    assert load_newest(strategy, root, on_damaged=print) is not None
+    return len(made), len(strategy._optimizer.optimizer.state)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
+def test_loading_makes_one_state_for_each_flat_vector(bert, saved, name):
+    """One is as large as the vector, and dozens of parameters share it."""
+    for made, vectors in run_ranks(2, _states_made, bert, name, saved("ddp")[0]):
+        assert made == vectors > 0
+
+
+def _frozen_after_loading(world, listen_fd, folder, name, root, seed):
+    """This rank's slices of what is frozen, after loading into a model of other random weights."""
+    model = {"freeze": ("bert.embeddings",)}
+    request = tiny.request(world, listen_fd, folder, model=model, precision="bf16", seed=seed)
+    strategy = registry.load(name)(request)
+    if seed == 7:
+        Saver(strategy, root).save(tiny.manifest(1, world_size=world.size), now=True)
+    else:
+        assert load_newest(strategy, root, on_damaged=print) is not None
+    return [piece for piece in strategy.state_slices() if "embeddings" in piece.name]
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
+def test_frozen_weights_are_saved_again_as_the_checkpoint_has_them(bert, tmp_path, name):
+    """Neither as the model came nor rounded to bf16, in which it computes."""
+    found = []
+    for seed in (7, 8):
+        for slices in run_ranks(2, _frozen_after_loading, bert, name, tmp_path, seed):
+            found.append({(piece.name, piece.start): piece.values for piece in slices})
+    for before, after in zip(found[:2], found[2:], strict=True):
+        assert before.keys() == after.keys()
+        for key, values in before.items():
+            np.testing.assert_array_equal(after[key], values, err_msg=str(key))
 
 
 def _resume_with_damage(world, listen_fd, folder, name, root, where):
@@ -369,7 +437,9 @@ def test_what_one_rank_finds_damaged_is_passed_over_by_all(bert, saved, tmp_path
     root, _ = saved("ddp")
     shutil.copytree(root, tmp_path / "checkpoints")
     older = tmp_path / "checkpoints" / f"step-{SAVED_AT:08d}"
-    shutil.copytree(older, older.with_name(f"step-{SAVED_AT + 1:08d}"))
+    newest = older.with_name(f"step-{SAVED_AT + 1:08d}")
+    shutil.copytree(older, newest)
+    write_manifest(newest, replace(read_manifest(older), step=SAVED_AT + 1))
     for step, told in run_ranks(
         2, _resume_with_damage, bert, name, tmp_path / "checkpoints", where
     ):

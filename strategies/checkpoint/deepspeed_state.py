@@ -13,6 +13,10 @@ from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.checkpoint.restricted_pickle import Record
 from ftlaunch.strategies.checkpoint.torch_zip import StoredTensor, read_torch_file
 
+# Of elements or ranks. Longer numbers than a few thousand digits cannot even be shown.
+_MAX_COUNT = 1 << 31
+_MAX_AXES = 32
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -84,6 +88,8 @@ def _model_state(path: Path, state: Mapping[str, Any]) -> ModelState:
     module = state.get("module")
     if not isinstance(module, dict) or "buffer_names" not in state:
         raise _not_that(path, "the model states of a DeepSpeed checkpoint", "module, buffer_names")
+    if not all(isinstance(name, str) for name in module):
+        raise UserError(f"{path} is damaged: a name in its module is no text. Copy it anew.")
     for size in ("mp_world_size", *_degrees(state)):
         if isinstance(degree := state.get(size, _degrees(state).get(size)), int) and degree > 1:
             raise UserError(
@@ -116,7 +122,7 @@ def _partition(path: Path, file: Mapping[str, Any]) -> Partition:
         raise _not_that(path, "the optimizer states of a ZeRO checkpoint", wanted)
     counts = state["partition_count"]
     counts = list(counts) if isinstance(counts, list | tuple) else [counts]
-    if not all(type(count) is int and count > 0 for count in counts):
+    if not all(type(count) is int and 0 < count < _MAX_COUNT for count in counts):
         raise UserError(f"{path} is damaged: its partition_count is no count.")
     if state.get("ds_zero_partition_groups") or len(set(counts)) != 1:
         raise UserError(
@@ -135,7 +141,7 @@ def _partition(path: Path, file: Mapping[str, Any]) -> Partition:
         num_partitions=counts[0],
         flat=tuple(flat),
         alignment=tuple(
-            tuple(int(padding) for padding in group)
+            tuple(_count(padding) for padding in group)
             for group in state.get("param_alignment_paddings") or ()
         ),
         fragments=tuple(_fragments(group) for group in state.get("param_slice_mappings") or ()),
@@ -147,8 +153,16 @@ def _partition(path: Path, file: Mapping[str, Any]) -> Partition:
     )
 
 
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < _MAX_COUNT:
+        raise ValueError(f"{_scalar(value)} where a number of elements has to be")
+    return value
+
+
 def _scalar(value: Any) -> Any:
-    """What can be compared and shown: nested values might be endless."""
+    """What can be compared and shown: nested values might be endless. ValueError for long numbers."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise ValueError(f"a number of {value.bit_length():,} bits")
     return value if isinstance(value, str | int | float | None) else type(value).__name__
 
 
@@ -177,7 +191,7 @@ def _steps_done(state: Any) -> Any:
                 data = os.pread(file.fileno(), step.nbytes, step.offset)
             return struct.unpack(formats[step.dtype], data)[0]
         if isinstance(step, int | float):
-            return step
+            return _scalar(step)
     return None
 
 
@@ -190,6 +204,8 @@ def _fragments(group: Any) -> Mapping[str, int]:
     """Of name → fragment_address(numel, start), a record with its state."""
     found = {}
     for name, address in group.items() if isinstance(group, dict) else ():
+        if not isinstance(name, str):
+            raise ValueError(f"a {type(name).__name__} where a name has to be")
         state = getattr(address, "state", None)
         if isinstance(state, dict) and isinstance(state.get("numel"), int):
             found[name] = state["numel"]
@@ -200,7 +216,7 @@ def _shapes(path: Path, value: Any) -> Shapes:
     shapes = _dictionary(path, value)
     for name, shape in shapes.items():
         sizes = isinstance(shape, tuple) and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
-        if not sizes or not isinstance(name, str):
+        if not sizes or len(shape) > _MAX_AXES or not isinstance(name, str):
             raise UserError(f"{path} is damaged: the shape of {_scalar(name)} makes no sense.")
     return shapes
 
@@ -214,8 +230,9 @@ def _names(path: Path, value: Any) -> Mapping[str, str]:
 
 def _tensors(path: Path, value: Any) -> Mapping[str, StoredTensor]:
     tensors = _dictionary(path, value)
-    if not all(isinstance(tensor, StoredTensor) for tensor in tensors.values()):
-        raise UserError(f"{path} is damaged: its frozen parameters are not all tensors.")
+    whole = (isinstance(n, str) and isinstance(t, StoredTensor) for n, t in tensors.items())
+    if not all(whole):
+        raise UserError(f"{path} is damaged: its frozen parameters are not all named tensors.")
     return tensors
 
 

@@ -82,6 +82,9 @@ def read_manifest(folder: Path) -> Manifest:
     """CheckpointDamaged when it is not whole; UserError for another format version."""
     path = folder / MANIFEST_NAME
     try:
+        if path.exists() and not path.is_file():
+            # Opening a pipe would wait for ever.
+            raise CheckpointDamaged(folder, f"{MANIFEST_NAME} is no file")
         raw = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointDamaged(folder, f"it has no {MANIFEST_NAME}") from None
@@ -97,7 +100,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest(**raw)
         _check_types(manifest)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise CheckpointDamaged(folder, f"{MANIFEST_NAME} is malformed ({error})") from None
     model_files = {f"{MODEL_FOLDER}/{name}": size for name, size in manifest.model_files.items()}
     for name, size in (dict(manifest.files) | model_files).items():
@@ -130,8 +133,9 @@ def _check_types(manifest: Manifest) -> None:
         "model_files": dict,
     }
     for name, kind in expected.items():
-        if not isinstance(getattr(manifest, name), kind):
-            raise ValueError(f"{name} is {getattr(manifest, name)!r}")
+        value = getattr(manifest, name)
+        if not isinstance(value, kind) or (kind is int and not _is_count(value)):
+            raise ValueError(f"{name} is {value!r}")
     for evaluation in (manifest.best, manifest.evaluation):
         if evaluation is not None:
             _check_evaluation(evaluation)
@@ -151,17 +155,28 @@ def _check_types(manifest: Manifest) -> None:
             raise ValueError(f"file name {name!r}")
     if any(".safetensors" in name for name in manifest.model_files):
         raise ValueError("model_files names weights")
+    if "adapter_config.json" in manifest.model_files:
+        # With it in the folder, from_pretrained would load the model that it names.
+        raise ValueError("model_files names adapter_config.json")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _check_evaluation(evaluation: Mapping[str, Any]) -> None:
     metrics = evaluation["metrics"]
-    whole = isinstance(evaluation["step"], int) and isinstance(metrics, dict)
+    whole = _is_count(evaluation["step"]) and isinstance(metrics, dict)
     if not whole or not all(map(_is_number, metrics.values())):
         raise ValueError(f"evaluation is {evaluation!r}")
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """OverflowError for one that no float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    float(value)
+    return True
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -76,6 +76,7 @@ def write_weights(
     """
     for weight in weights:
         _check_name(weight.name)
+        _check_bytes(weight)
     shards = _split(weights, dtype, max_shard_bytes)
     total = written_bytes(weights, dtype)
     done, overflowed = 0, None
@@ -118,6 +119,17 @@ def _check_name(name: str) -> None:
         raise UserError("the checkpoint has a tensor '__metadata__', which names something else.")
 
 
+def _check_bytes(weight: Weight) -> None:
+    """Headers are written before the bytes: fewer or more would be a file that nobody can read."""
+    found = sum(run.nbytes for run in weight.runs)
+    needed = weight.num_elements * ITEM_BYTES[weight.dtype]
+    if found != needed:
+        raise UserError(
+            f"the checkpoint has {found:,} bytes of {weight.name}, of which {needed:,} are needed for "
+            f"shape {weight.shape} in {weight.dtype}. Copy it anew, or merge another."
+        )
+
+
 def written_bytes(weights: Sequence[Weight], dtype: SaveDtype) -> int:
     """Of the tensors alone; the headers add about a hundred bytes each."""
     return sum(_written_bytes(weight, dtype) for weight in weights)
@@ -149,6 +161,7 @@ def compare_weights(
     yield from (f"{name}: not in the source" for name in sorted(extra))
     with RunReader() as reader:
         for weight in sorted(weights, key=lambda each: each.name):
+            _check_bytes(weight)
             if weight.name not in places:
                 yield f"{weight.name}: missing"
                 continue

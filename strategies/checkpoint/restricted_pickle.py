@@ -41,6 +41,9 @@ _INSTRUCTIONS = (
     "EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
     "PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID"
 )
+# Each makes some 80 bytes at the most, and may be a single byte itself. A tensor takes 30 of them: so
+# much is enough for more than 200,000.
+_MAX_INSTRUCTIONS = 1 << 23
 _SCALARS = (str, int, float, bool, type(None))
 
 # (the arguments of the call) → what stands for its result
@@ -95,8 +98,9 @@ def load_pickle(
     persistent  what makes an object of a persistent id (in torch files: of a storage)
 
     PickleRefused for all that is not allowed or malformed. What is made is bounded by the bytes that
-    are there: in this implementation memo numbers are keys of a dict, not sizes, and what calls copy
-    is counted. Values may hold one another many times over: print and compare none as a whole.
+    are there and by the number of instructions: in this implementation memo numbers are keys of a
+    dict, not sizes, and what calls copy is counted. Values may hold one another many times over:
+    print and compare none as a whole.
     """
     try:
         return _Machine(data, builders, persistent).load()
@@ -129,6 +133,7 @@ class _Machine(pickle._Unpickler):
         self._builders = builders
         self._persistent = persistent
         self._copied, self._most = 0, len(data)
+        self.done = 0
 
     def load(self) -> Any:
         try:
@@ -163,7 +168,9 @@ class _Machine(pickle._Unpickler):
 
     def _count(self, args: tuple[Any, ...]) -> None:
         """One list may be handed to many calls, each of which would make a copy of it."""
-        self._copied += sum(len(each) for each in args if isinstance(each, list | tuple | dict))
+        copied = sum(len(each) for each in args if isinstance(each, list | tuple | dict))
+        self.done += copied
+        self._copied += copied
         if self._copied > self._most:
             raise PickleRefused("it repeats itself without end")
 
@@ -203,6 +210,21 @@ class _Machine(pickle._Unpickler):
         pickle.SETITEM[0]: _setitem,
         pickle.SETITEMS[0]: _setitems,
     }
+
+
+def _counted(instruction: Callable[..., None]) -> Callable[[_Machine], None]:
+    def run(machine: _Machine) -> None:
+        machine.done += 1
+        if machine.done > _MAX_INSTRUCTIONS:
+            raise PickleRefused(
+                f"it has more than {_MAX_INSTRUCTIONS:,} instructions, more than any model needs"
+            )
+        instruction(machine)
+
+    return run
+
+
+_Machine.dispatch = {code: _counted(each) for code, each in _Machine.dispatch.items()}
 
 
 def _is_flat(key: Any) -> bool:

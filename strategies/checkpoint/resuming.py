@@ -9,6 +9,7 @@ from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.base import Strategy
 from ftlaunch.strategies.checkpoint.agreement import any_rank, from_main
 from ftlaunch.strategies.checkpoint.manifest import (
+    MANIFEST_NAME,
     CheckpointDamaged,
     Manifest,
     folder_name,
@@ -23,10 +24,20 @@ def newest_manifest(root: Path) -> tuple[Path, Manifest] | None:
     """The newest checkpoint whose manifest and file sizes are whole, without reading tensors."""
     for folder in checkpoint_folders(root):
         try:
-            return folder, read_manifest(folder)
+            return folder, _read_manifest(folder)
         except CheckpointDamaged:
             continue
     return None
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    """As `read_manifest`, of a folder whose name says which of them is the newest."""
+    manifest = read_manifest(folder)
+    if manifest.step != step_of(folder):
+        raise CheckpointDamaged(
+            folder, f"it is a copy of step {manifest.step}, by its {MANIFEST_NAME}"
+        )
+    return manifest
 
 
 def load_newest(
@@ -44,7 +55,7 @@ def load_newest(
         folder = root / folder_name(step)
         damage = None
         try:
-            manifest = read_manifest(folder)
+            manifest = _read_manifest(folder)
             reader = CheckpointReader(folder, manifest)
         except CheckpointDamaged as error:
             damage = error

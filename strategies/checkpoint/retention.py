@@ -14,7 +14,7 @@ from ftlaunch.strategies.checkpoint.manifest import MANIFEST_NAME, step_of
 
 def checkpoint_folders(root: Path) -> list[Path]:
     """Folders named like checkpoints that have a manifest, newest first."""
-    return [f for f in _step_folders(root) if (f / MANIFEST_NAME).exists()]
+    return [f for f in _step_folders(root) if (f / MANIFEST_NAME).is_file()]
 
 
 def remove_unfinished(root: Path) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from ftlaunch.cluster.control_groups import available_memory
 from ftlaunch.cluster.errors import JobError, UserError
 from ftlaunch.strategies.base import Strategy, TensorSlice
-from ftlaunch.strategies.checkpoint.agreement import all_or_none
+from ftlaunch.strategies.checkpoint.agreement import all_or_none, any_rank, long_all_or_none
 from ftlaunch.strategies.checkpoint.manifest import (
     MODEL_FOLDER,
     Manifest,
@@ -31,7 +30,8 @@ from ftlaunch.strategies.files import replace_file, sync_folder
 
 # What a rank says in the exchange of a step. A failure outweighs any number of ranks that write.
 _WRITES, _FAILED = 1.0, float(1 << 20)
-# Copies take at most that part of the host's free memory; what is more is written at once.
+# Copies take at most that part of the host's free memory. Where they would take more there are none,
+# and training waits for the disk.
 _SHARE = 0.5
 
 
@@ -54,6 +54,7 @@ class Saver:
 
     model_files   on rank 0: what a finished model has beside its weights, by name
     beside        write in a thread where memory allows it
+    alive         called every few seconds while training waits for the disk
     on_saved      is told of every checkpoint that is whole, on every rank, between two steps
     """
 
@@ -64,12 +65,14 @@ class Saver:
         *,
         model_files: Mapping[str, bytes] | None = None,
         beside: bool = False,
+        alive: Callable[[], None] = lambda: None,
         on_saved: Callable[[Saving], None] = lambda saving: None,
     ) -> None:
         self._strategy = strategy
         self._root = root
         self._model_files = dict(model_files or {})
         self._beside = beside
+        self._alive = alive
         self._on_saved = on_saved
         self._pending: _Pending | None = None
 
@@ -83,21 +86,18 @@ class Saver:
         started = time.perf_counter()
         manifest = replace(manifest, aliases=self._strategy.aliases())
         folder = self._root / folder_name(manifest.step)
-        slices = iter(self._strategy.state_slices())
         beside = self._beside and not now
-        copies = list(self._copied(slices)) if beside else []
-        # Whatever had no room in memory holds up training.
-        first = next(slices, None)
-        content = chain(copies, () if first is None else (first,), slices)
-        pending = _Pending(manifest, folder, started, lambda: self._write_own(folder, content))
+        copies = self._copies() if beside else None
+        if beside and any_rank(self._strategy, copies is None):
+            copies = None
+        slices = _Slices(self._strategy) if copies is None else copies
+        pending = _Pending(manifest, folder, started, lambda: self._write_own(folder, slices))
         self._pending = pending
-        if beside and first is None:
+        if copies is not None:
             pending.thread = threading.Thread(target=pending.run, name="checkpoint", daemon=True)
             pending.thread.start()
-        else:
-            pending.run()
         pending.blocked = time.perf_counter() - started
-        if not beside:
+        if copies is None:
             self.finish()
 
     def say(self) -> float:
@@ -122,7 +122,8 @@ class Saver:
         what = f"checkpoint {pending.folder}"
         is_main = self._strategy.world.is_main
         try:
-            all_or_none(self._strategy, pending.wait, what)
+            # What was not begun before is written now.
+            long_all_or_none(self._strategy, pending.wait, what, alive=self._alive)
             all_or_none(
                 self._strategy,
                 (lambda: self._write_last(pending)) if is_main else (lambda: None),
@@ -142,16 +143,18 @@ class Saver:
             )
         )
 
-    def _copied(self, slices: Iterator[TensorSlice]) -> Iterator[TensorSlice]:
-        """Copies of the slices, as many as there is memory for; the others stay in `slices`."""
+    def _copies(self) -> list[TensorSlice] | None:
+        """A copy of what this rank owns; None where there is no memory for it."""
         room = available_memory() * _SHARE / self._strategy.world.local_size
-        for piece in slices:
-            yield replace(piece, values=np.array(piece.values))
+        copies = []
+        for piece in self._strategy.state_slices():
             room -= piece.values.nbytes
             if room < 0:
-                return
+                return None
+            copies.append(replace(piece, values=np.array(piece.values)))
+        return copies
 
-    def _write_own(self, folder: Path, slices: Iterator[TensorSlice]) -> None:
+    def _write_own(self, folder: Path, slices: Iterable[TensorSlice]) -> None:
         world = self._strategy.world
         folder.mkdir(parents=True, exist_ok=True)
         write_shard(folder / shard_name(world.rank, world.size), slices)
@@ -172,8 +175,18 @@ class Saver:
         sync_folder(self._root)
 
 
+class _Slices:
+    """What this rank owns, read anew from the strategy each time that one goes through it."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+
+    def __iter__(self) -> Iterator[TensorSlice]:
+        return iter(self._strategy.state_slices())
+
+
 class _Pending:
-    """A checkpoint of which this rank's part is being written."""
+    """A checkpoint of which this rank's part is being written, or has to be."""
 
     def __init__(
         self, manifest: Manifest, folder: Path, started: float, write: Callable[[], None]
@@ -195,8 +208,10 @@ class _Pending:
         self.done.set()
 
     def wait(self) -> None:
-        """Raises what the writing raised."""
-        if self.thread is not None:
+        """Write it where no thread does. Raises what the writing raised."""
+        if self.thread is None:
+            self.run()
+        else:
             self.thread.join()
         if self.error is not None:
             raise self.error

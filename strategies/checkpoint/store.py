@@ -25,8 +25,11 @@ from ftlaunch.strategies.safetensors_file import (
     FileDamaged,
     SafetensorsFile,
     open_file,
-    write_file,
+    write_tensors,
 )
+
+# Of numpy before its version 2, and of what reads a merged file.
+_MAX_AXES = 32
 
 
 def shard_name(rank: int, world_size: int) -> str:
@@ -34,16 +37,19 @@ def shard_name(rank: int, world_size: int) -> str:
 
 
 def write_shard(path: Path, slices: Iterable[TensorSlice]) -> None:
-    """Write one rank's slices, whole or not at all. OSError passes through (disk full)."""
-    tensors: dict[str, NDArray[Any]] = {}
+    """Write one rank's slices, whole or not at all. OSError passes through (disk full).
+
+    They are gone through twice, for the header and for the bytes, so that no more than one has to be
+    in memory; both times they must be the same.
+    """
+    kinds: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
     table: list[dict[str, Any]] = []
     for piece in slices:
-        key = f"{piece.kind}/{piece.name}@{piece.start}"
-        values = np.ascontiguousarray(piece.values).reshape(-1)
-        tensors[key] = values
+        values = _flat(piece)
+        kinds[_key(piece)] = (values.dtype, values.shape)
         table.append(
             {
-                "key": key,
+                "key": _key(piece),
                 "kind": piece.kind,
                 "name": piece.name,
                 "shape": list(piece.shape),
@@ -51,7 +57,16 @@ def write_shard(path: Path, slices: Iterable[TensorSlice]) -> None:
                 "crc32": _checksum(values),
             }
         )
-    write_file(path, tensors, {"format": "ftlaunch", "slices": json.dumps(table)})
+    metadata = {"format": "ftlaunch", "slices": json.dumps(table)}
+    write_tensors(path, kinds, ((_key(piece), _flat(piece)) for piece in slices), metadata)
+
+
+def _key(piece: TensorSlice) -> str:
+    return f"{piece.kind}/{piece.name}@{piece.start}"
+
+
+def _flat(piece: TensorSlice) -> NDArray[Any]:
+    return np.ascontiguousarray(piece.values).reshape(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +96,18 @@ class CheckpointReader:
             file = open_file(path)
             for entry in json.loads(file.metadata["slices"]):
                 kind, name = str(entry["kind"]), str(entry["name"])
-                shape = tuple(int(n) for n in entry["shape"])
-                start = int(entry["start"])
+                shape = tuple(_number(n) for n in entry["shape"])
+                if len(shape) > _MAX_AXES:
+                    raise ValueError(f"a shape of {len(shape)} axes")
+                start = _number(entry["start"])
                 stop = start + file.tensor(entry["key"]).size
                 if self._shapes.setdefault(kind, {}).setdefault(name, shape) != shape:
                     raise CheckpointDamaged(self.folder, f"two shapes for {kind} of {name}")
-                run = _Slice(file, entry["key"], start, stop, int(entry["crc32"]))
+                run = _Slice(file, entry["key"], start, stop, _number(entry["crc32"]))
                 self._slices.setdefault((kind, name), []).append(run)
         except FileDamaged as error:
             raise CheckpointDamaged(self.folder, str(error)) from None
-        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise CheckpointDamaged(self.folder, f"{path.name}: {error!r}") from None
 
     def names(self, kind: str) -> Mapping[str, tuple[int, ...]]:
@@ -143,7 +160,7 @@ class CheckpointReader:
         shape = self.names(kind).get(name)
         if shape is None:
             raise CheckpointDamaged(self.folder, f"{kind} of {name} is not there")
-        return self.read(kind, name, 0, int(np.prod(shape, dtype=np.int64))).reshape(shape)
+        return self.read(kind, name, 0, math.prod(shape)).reshape(shape)
 
     def _values(self, run: _Slice) -> NDArray[Any]:
         values = run.file.tensor(run.key)
@@ -165,12 +182,24 @@ def checkpoint_weights(folder: Path, manifest: Manifest) -> tuple[Weight, ...]:
     elements are missing.
     """
     reader = CheckpointReader(folder, manifest)
+    names = reader.names("weight").keys() - manifest.aliases.keys()
+    for alias, stored in manifest.aliases.items():
+        if stored not in names:
+            raise CheckpointDamaged(
+                folder, f"{alias} is said to be another name of {stored}, which is not there"
+            )
     weights = []
     for name, shape in reader.names("weight").items():
-        if name not in manifest.aliases:
+        if name in names:
             dtype, runs = reader.runs("weight", name)
             weights.append(Weight(name=name, dtype=dtype, shape=shape, runs=runs))
     return tuple(weights)
+
+
+def _number(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 48:
+        raise ValueError(f"{str(value)[:50]!r} where a count has to be")
+    return value
 
 
 def _checksum(values: NDArray[Any]) -> int:

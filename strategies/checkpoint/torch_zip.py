@@ -51,6 +51,8 @@ _DTYPES = {"uint16": "U16", "uint32": "U32", "uint64": "U64"}
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 # Far above that of any model: half a million parameters have a pickle of some 100 MB.
 _MAX_PICKLE_BYTES = 1 << 28
+# Some 100 bytes for each storage, of which zipfile makes several times as much.
+_MAX_TABLE_BYTES = 1 << 25
 _MAX_AXES = 32
 _REMEDY = "Copy it anew from where it was written, or merge another checkpoint."
 
@@ -136,6 +138,14 @@ def _damaged(path: Path, reason: str) -> UserError:
 def _members(path: Path, file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
     """Member name → (first byte, number of bytes), every one inside the file."""
     try:
+        # ZipFile itself would read all of it, however large.
+        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+        table_bytes = end[zipfile._ECD_SIZE] if end else 0  # type: ignore[attr-defined]
+        if table_bytes > _MAX_TABLE_BYTES:
+            raise _damaged(
+                path,
+                f"its table of contents has {table_bytes:,} bytes, more than any model needs",
+            )
         with zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OSError):
@@ -147,8 +157,9 @@ def _members(path: Path, file: BinaryIO, size: int) -> dict[str, tuple[int, int]
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise _damaged(path, f"its member {info.filename[:100]!r} is compressed or encrypted")
-        head = os.pread(file.fileno(), _LOCAL_HEADER.size, max(0, info.header_offset))
-        if len(head) < _LOCAL_HEADER.size or info.header_offset < 0 or head[:4] != b"PK\x03\x04":
+        inside = 0 <= info.header_offset <= size - _LOCAL_HEADER.size
+        head = os.pread(file.fileno(), _LOCAL_HEADER.size, info.header_offset) if inside else b""
+        if len(head) < _LOCAL_HEADER.size or head[:4] != b"PK\x03\x04":
             raise _damaged(path, f"its member {info.filename[:100]!r} is not where it should be")
         _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(head)
         offset = info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes

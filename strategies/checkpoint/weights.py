@@ -69,7 +69,9 @@ def _starts(axes: Sequence[tuple[int, int]]) -> Iterator[int]:
 
 
 def cut(runs: Sequence[Run], start: int, nbytes: int) -> tuple[Run, ...]:
-    """Bytes [start, start + nbytes) of what the runs are together. ValueError if there are fewer."""
+    """Bytes [start, start + nbytes) of what the runs are together. ValueError if they lie outside."""
+    if start < 0 or nbytes < 0:
+        raise ValueError(f"bytes {start} to {start + nbytes}")
     found = []
     position = 0
     for run in runs:

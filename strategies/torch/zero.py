@@ -112,16 +112,22 @@ def _partition(
     # DeepSpeed writes rank 0's values into what it is given: in the mapping each page would become
     # memory of our own. One place for all, since the heap would keep the holes of many.
     largest = max(parameter.numel() for parameter in model.parameters())
-    whole = torch.empty(largest, dtype=dtype)
 
     class OneByOne(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.whole = torch.empty(largest, dtype=dtype)
+
         def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
             for parameter in model.parameters():
-                place = whole[: parameter.numel()].view(parameter.shape)
+                place = self.whole[: parameter.numel()].view(parameter.shape)
                 parameter.data = place.copy_(parameter.data)
                 yield parameter
 
-    deepspeed.zero.Init(module=OneByOne(), config_dict_or_path=config, dtype=dtype)
+    module = OneByOne()
+    deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
+    # The module itself outlives this call.
+    del module.whole
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
 

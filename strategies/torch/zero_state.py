@@ -207,6 +207,8 @@ class ZeroState:
                 with self._gathered(parameter):
                     try:
                         copy_whole(reader, "weight", name, parameter)
+                        if not parameter.requires_grad and parameter.numel() > 0:
+                            self._take_exact(reader, name, parameter)
                     except CheckpointDamaged as error:
                         damage = damage or error
             if damage is not None:
@@ -217,9 +219,21 @@ class ZeroState:
             for piece in self._pieces():
                 _copy_piece(reader, "weight", piece, piece.flat)
                 if optimizer_steps > 0 and piece.name in reader.names("exp_avg"):
-                    state = base.state.setdefault(piece.flat, _new_state(piece, optimizer_steps))
+                    if piece.flat not in base.state:
+                        base.state[piece.flat] = _new_state(piece, optimizer_steps)
                     for moment in _MOMENTS:
-                        _copy_piece(reader, moment, piece, state[moment])
+                        _copy_piece(reader, moment, piece, base.state[piece.flat][moment])
+
+    def _take_exact(self, reader: StateReader, name: str, parameter: torch.Tensor) -> None:
+        """What is saved of a frozen parameter is the checkpoint's number, not the one that computes."""
+        values = torch.from_numpy(np.array(reader.read("weight", name, 0, parameter.numel())))
+        values = values.reshape(parameter.shape)
+        known = self._exact.get(name)
+        # Equal ones stay where they are: in mapped files, which cost no memory.
+        if known is None or not torch.equal(known.to(values.dtype), values):
+            self._exact.pop(name, None)
+            if not torch.equal(values.to(parameter.dtype).to(values.dtype), values):
+                self._exact[name] = values
 
     def _gathered(self, parameter: Any) -> Any:
         """The whole parameter, where it is split; what is written to it is kept on every rank."""
