@@ -16,7 +16,12 @@ MAX_TRACEBACK_CHARS = 4000
 EVENT_FD_VARIABLE = "FTLAUNCH_EVENT_FD"
 LISTEN_FD_VARIABLE = "FTLAUNCH_LISTEN_FD"
 
-_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+_NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory"
+    # MindSpore's words, on CPUs and on NPUs.
+    r"|allocate (device )?memory failed|memory (isn't|is not|not) enough",
+    re.IGNORECASE,
+)
 
 
 def cause_of(error: BaseException) -> str:

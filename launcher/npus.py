@@ -52,13 +52,17 @@ def hccl_variables(
     if not chooses_ports(environ):
         base_port, lock = hold_base_port(avoid=port)
     try:
-        yield host_variables(
+        variables = host_variables(
             environ,
             base_port=base_port,
             interface=find_interface(),
             timeout_seconds=timeout_seconds,
             has_infinity=machine.fast_bf16,
         )
+        if machine.fast_bf16:
+            # Not the user's to choose: with saturation an overflow would never be seen.
+            variables["MS_ASCEND_CHECK_OVERFLOW_MODE"] = "INFNAN_MODE"
+        yield variables
     finally:
         if lock is not None:
             lock.close()

@@ -31,6 +31,7 @@ from ftlaunch.strategies.registry import STRATEGIES, entry
 # sorted by length before it is cut; an accelerator needs larger ones to be busy.
 _MICRO_BATCH = {"cpu": 8, "cuda": 32, "ascend": 32}
 _EVAL_FACTOR = 2
+_OLD_NPU = "has neither bf16 nor infinite numbers in fp16, so that an overflow would not be seen"
 # Why a precision cannot be had on CPUs.
 _PRECISION_REASONS = {
     "torch": "",
@@ -102,6 +103,11 @@ def make_plan(
     accelerator, world_size = layout.accelerator, layout.world_size
     strategy = _strategy(config, machines, accelerator, reasons)
     _check_packages(strategy, machines)
+    if entry(strategy).package == "mindspore" and config.model.gradient_checkpointing:
+        raise UserError(
+            f"model.gradient_checkpointing is set, and --strategy {strategy} has none: mindone's models "
+            "do not offer it. Leave it out and use a smaller train.per_device_train_batch_size."
+        )
     precision = _precision(config, machines, accelerator, strategy, reasons)
     _batch_fits(config, world_size, mode)
     micro_batch, accumulation = _micro_batch(config, world_size, accelerator)
@@ -246,11 +252,19 @@ def _precision(
             f"{accelerator}: {_PRECISION_REASONS[entry(strategy).package]} Use --precision "
             f"{' or '.join(having)}, or --strategy ddp."
         )
+    old = [machine for machine in machines if not machine.fast_bf16]
+    if accelerator == "ascend" and config.precision in ("bf16", "fp16") and old:
+        raise UserError(
+            f"--precision {config.precision} cannot be had on {old[0].hostname}: "
+            f"{old[0].device_name} {_OLD_NPU}. Use --precision fp32, or leave it out."
+        )
     if config.precision != "auto":
         reasons.append(Reason(choice="precision", value=config.precision, why="as asked for"))
         return config.precision
     chosen: Precision
-    if not runs("bf16", accelerator) and accelerator == "cpu":
+    if accelerator == "ascend" and not all(machine.fast_bf16 for machine in machines):
+        chosen, why = "fp32", f"{machines[0].device_name} {_OLD_NPU}"
+    elif not runs("bf16", accelerator) and accelerator == "cpu":
         chosen, why = "fp32", f"{_PRECISION_REASONS[entry(strategy).package]}"
     elif all(machine.fast_bf16 for machine in machines):
         chosen, why = "bf16", f"{machines[0].device_name} computes bf16 fast; weights stay fp32"

@@ -95,6 +95,7 @@ def _run(pipe: RankPipe, plan_path: Path) -> int:
             strategy=plan.strategy,
             precision=plan.precision,
             accelerator=plan.accelerator,
+            device=_device(plan, world),
             micro_batch=plan.micro_batch,
             eval_micro_batch=plan.eval_micro_batch,
             num_threads=plan.threads_per_rank,
@@ -109,3 +110,8 @@ def _run(pipe: RankPipe, plan_path: Path) -> int:
         "rank %d is done after %.1f s", world.rank, time.perf_counter() - started
     )
     return EXIT_STOPPED if stopped else EXIT_DONE
+
+
+def _device(plan: LaunchPlan, world: World) -> int:
+    npus = plan.hosts[world.node_rank].npus
+    return npus[world.local_rank] if npus else world.local_rank

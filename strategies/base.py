@@ -51,7 +51,8 @@ class Batch:
 class StrategyRequest:
     """What a strategy is created from.
 
-    accelerator   "cpu" or "cuda"
+    accelerator   "cpu", "cuda" or "ascend"
+    device        the place of the rank's NPU among the visible ones; the local rank elsewhere
     listen_fd     on rank 0 of several: the rendezvous socket, bound and listening, to be inherited
     loss          "cross_entropy" or "mse"
     label_names   in the order of their ids; empty for regression
@@ -62,6 +63,7 @@ class StrategyRequest:
     options: JobOptions
     precision: Precision
     accelerator: str
+    device: int
     num_threads: int
     listen_fd: int | None
     timeout_seconds: float

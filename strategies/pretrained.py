@@ -45,6 +45,7 @@ def load_config(request: StrategyRequest) -> Any:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise cannot_load(options, error) from error
+    _understand_rope(config, options)
     config.problem_type = (
         "single_label_classification" if request.loss == "cross_entropy" else "regression"
     )
@@ -55,6 +56,29 @@ def load_config(request: StrategyRequest) -> Any:
         set_dropout(config, options.dropout)
     _check_tokenizer_fits(config, request)
     return config
+
+
+def _understand_rope(config: Any, options: ModelOptions) -> None:
+    """Have transformers 4 understand how transformers 5 writes rotary embeddings, which it passes over.
+
+    UserError for a form that it has no place for.
+    """
+    written = getattr(config, "rope_parameters", None)
+    if int(transformers.__version__.partition(".")[0]) >= 5 or not isinstance(written, dict):
+        return
+    if any(isinstance(value, dict) for value in written.values()):
+        raise UserError(
+            f"{options.name_or_path} has other rotary embeddings for each kind of layer "
+            f"(rope_parameters in config.json), which transformers {transformers.__version__} does "
+            "not know. Use an environment with transformers 5."
+        )
+    settings = dict(written)
+    theta = settings.pop("rope_theta", None)
+    if theta is not None:
+        config.rope_theta = theta
+    if settings.get("rope_type", "default") != "default":
+        config.rope_scaling = settings
+    del config.rope_parameters
 
 
 def set_dropout(config: Any, probability: float) -> None:

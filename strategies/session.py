@@ -58,6 +58,7 @@ class SessionRequest:
     strategy: str
     precision: Precision
     accelerator: str
+    device: int
     micro_batch: int
     eval_micro_batch: int
     num_threads: int
@@ -273,6 +274,7 @@ def _create_strategy(
             options=request.options,
             precision=request.precision,
             accelerator=request.accelerator,
+            device=request.device,
             num_threads=request.num_threads,
             listen_fd=request.listen_fd,
             timeout_seconds=request.timeout_seconds,

@@ -15,6 +15,7 @@ RANDOM_WEIGHT_FAMILIES = (
     "bert",
     "distilbert",
     "roberta",
+    "xlm-roberta",
     "electra",
     "modernbert",
     "qwen2",

@@ -110,6 +110,7 @@ def request(
         options=options,
         precision=precision,
         accelerator="cpu",
+        device=world.local_rank,
         num_threads=1,
         listen_fd=listen_fd,
         timeout_seconds=60.0,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import mindspore as ms
 import numpy as np
@@ -27,7 +27,12 @@ from ftlaunch.strategies.base import (
 from ftlaunch.strategies.loss_scale import LossScaler
 from ftlaunch.strategies.mindspore.adamw import MOMENTS, AdamW
 from ftlaunch.strategies.mindspore.dropout import make_dropout_stateless, seed_dropout
-from ftlaunch.strategies.mindspore.forward import LOSSES, logits_of, pad_to_buckets
+from ftlaunch.strategies.mindspore.forward import (
+    LOSSES,
+    check_padding_inside,
+    logits_of,
+    pad_to_buckets,
+)
 from ftlaunch.strategies.mindspore.group import (
     all_reduce,
     gather,
@@ -38,6 +43,7 @@ from ftlaunch.strategies.mindspore.group import (
     use_device,
 )
 from ftlaunch.strategies.mindspore.model import NamedModel, load_model, model_files, set_values
+from ftlaunch.strategies.model_config import max_length_of
 
 _DTYPES = {"bf16": ms.bfloat16, "fp16": ms.float16}
 # Gradients travel in flat buckets of about so many elements: 64 MiB.
@@ -52,6 +58,10 @@ def create(request: StrategyRequest) -> MindSporeDataParallel:
         from ftlaunch.strategies.mindspore.cpu_kernels import replace_missing_kernels
 
         replace_missing_kernels()
+    if request.accelerator == "ascend":
+        # There it has to come before the first parameter.
+        join_group(request.world)
+        return MindSporeDataParallel(request, load_model(request))
     # The model first: a mistake in it is told before anyone waits for the others.
     named = load_model(request)
     join_group(request.world)
@@ -68,6 +78,8 @@ class MindSporeDataParallel:
         self._named = named
         self._accelerator = request.accelerator
         self._pad_token_id = request.pad_token_id
+        self._checks_padding = named.model.config.model_type == "qwen2"
+        self._max_length = max_length_of(named.model.config.to_dict())
         self._loss = LOSSES[request.loss]
         self._max_grad_norm = train.max_grad_norm
         self._scaler = LossScaler(
@@ -93,8 +105,9 @@ class MindSporeDataParallel:
         )
         self._gradients: list[Any] | None = None
         self._window_loss = 0.0
-        # The most rows of a micro-batch so far: an NPU sees all in that shape.
-        self._rows = 0
+        # The most rows of a micro-batch so far, in training and in evaluation: an NPU sees all in
+        # that shape.
+        self._most_rows = {"train": 0, "eval": 0}
 
     # -- the step ---------------------------------------------------------------------------
 
@@ -102,25 +115,28 @@ class MindSporeDataParallel:
         self.model.set_train(True)
         seed_dropout(batch.seed)
         factor = self._scaler.scale / total_items
-        (_, loss_sum), gradients = self._differentiate(self._in_known_shape(batch), factor)
+        (_, loss_sum), gradients = self._differentiate(self._in_known_shape(batch, "train"), factor)
         if self._gradients is None:
             self._gradients = [gradient.astype(ms.float32) for gradient in gradients]
         else:
-            self._gradients = [
-                mine + gradient.astype(ms.float32)
-                for mine, gradient in zip(self._gradients, gradients, strict=True)
-            ]
+            # One by one: the sums take the place of what they were made of.
+            for number, gradient in enumerate(gradients):
+                self._gradients[number] = self._gradients[number] + gradient.astype(ms.float32)
         self._window_loss += float(loss_sum.asnumpy()) / total_items
 
     def _scaled_loss(self, batch: Batch, factor: float) -> tuple[Any, Any]:
         loss_sum = self._loss(logits_of(self._forward, batch), batch.labels, batch.weights)
         return loss_sum * factor, loss_sum
 
-    def _in_known_shape(self, batch: Batch) -> Batch:
+    def _in_known_shape(self, batch: Batch, mode: Literal["train", "eval"]) -> Batch:
+        if self._checks_padding:
+            check_padding_inside(batch, self._pad_token_id)
         if self._accelerator == "cpu":
             return batch
-        self._rows = max(self._rows, len(batch.labels))
-        return pad_to_buckets(batch, rows=self._rows, pad_token_id=self._pad_token_id)
+        rows = self._most_rows[mode] = max(self._most_rows[mode], len(batch.labels))
+        return pad_to_buckets(
+            batch, rows=rows, pad_token_id=self._pad_token_id, max_length=self._max_length
+        )
 
     def apply(self, learning_rate: float, *, stop: bool, saving: float) -> StepOutcome:
         assert self._gradients is not None, "apply before any accumulate"
@@ -129,11 +145,11 @@ class MindSporeDataParallel:
         culprit_here = 0 if math.isfinite(_sum_of_squares(buckets)) else self._first_bad(mine)
         del mine
         if self.world.size > 1:
-            buckets = [all_reduce(bucket) for bucket in buckets]
-        gradients = self._unflatten(buckets)
-        norm = math.sqrt(_sum_of_squares(gradients))
+            for number, bucket in enumerate(buckets):
+                buckets[number] = all_reduce(bucket)
+        norm = math.sqrt(_sum_of_squares(buckets))
         if not culprit_here and not math.isfinite(norm):
-            culprit_here = self._first_bad(gradients)
+            culprit_here = self._first_bad(self._unflatten(buckets))
         # An explicit flag: where an NPU saturates, an infinite gradient arrives as a finite one.
         said = np.array([self._window_loss, culprit_here, stop, saving], dtype=np.float64)
         heard = gather(self.world, said)
@@ -145,7 +161,7 @@ class MindSporeDataParallel:
             # A norm that saturation has made finite would be no norm.
             grad_norm = grad_norm if not math.isfinite(grad_norm) else math.inf
         else:
-            self._step(gradients, grad_norm, scale, learning_rate)
+            self._step(buckets, grad_norm, scale, learning_rate)
         self._scaler.update(overflow=bool(culprits))
         self._window_loss = 0.0
         return StepOutcome(
@@ -159,15 +175,16 @@ class MindSporeDataParallel:
         )
 
     def _step(
-        self, gradients: Sequence[Any], grad_norm: float, scale: float, learning_rate: float
+        self, buckets: list[Any], grad_norm: float, scale: float, learning_rate: float
     ) -> None:
         """Unscale and clip in one multiplication, then AdamW."""
         clip = self._max_grad_norm
         shrink = min(1.0, clip / (grad_norm + 1e-6)) if clip > 0 else 1.0
         if shrink / scale != 1.0:
             factor = ms.Tensor(shrink / scale, ms.float32)
-            gradients = [gradient * factor for gradient in gradients]
-        self._optimizer.step(gradients, learning_rate)
+            for number, bucket in enumerate(buckets):
+                buckets[number] = bucket * factor
+        self._optimizer.step(self._unflatten(buckets), learning_rate)
 
     def _first_bad(self, gradients: Sequence[Any]) -> int:
         """The number, from 1, of the first parameter whose gradient is not finite; 1 if only the sum
@@ -211,7 +228,7 @@ class MindSporeDataParallel:
     def predict(self, batch: Batch) -> NDArray[np.float32]:
         self.model.set_train(False)
         rows = len(batch.labels)
-        logits = logits_of(self._forward, self._in_known_shape(batch))
+        logits = logits_of(self._forward, self._in_known_shape(batch, "eval"))
         result: NDArray[np.float32] = logits.astype(ms.float32).asnumpy()[:rows].copy()
         return result
 

@@ -10,6 +10,7 @@ import numpy as np
 from mindspore import ops
 from numpy.typing import NDArray
 
+from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.base import Batch
 
 LossSum = Callable[[Any, NDArray[Any], NDArray[np.float32]], Any]
@@ -32,20 +33,36 @@ def squared_error_sum(logits: Any, labels: NDArray[Any], weights: NDArray[np.flo
 LOSSES: dict[str, LossSum] = {"cross_entropy": cross_entropy_sum, "mse": squared_error_sum}
 
 
+def check_padding_inside(batch: Batch, pad_token_id: int) -> None:
+    """UserError where the padding token stands in a text: mindone's Qwen2 takes what comes before the
+    first one for the whole text, transformers what comes before the last.
+    """
+    inside = (batch.inputs["input_ids"] == pad_token_id) & (batch.inputs["attention_mask"] == 1)
+    rows = inside.any(axis=1) & (batch.indices >= 0)
+    if rows.any():
+        raise UserError(
+            f"sample {int(batch.indices[rows][0])} has the padding token (number {pad_token_id}) "
+            "inside its text, which mindone's model would cut off there. Choose a tokenizer whose "
+            "padding token is one of its own (model.tokenizer), or use --strategy ddp."
+        )
+
+
 def logits_of(model: Any, batch: Batch) -> Any:
     """(rows, outputs)"""
     inputs = {name: ms.Tensor(values) for name, values in batch.inputs.items()}
     return model(**inputs, return_dict=True).logits
 
 
-def pad_to_buckets(batch: Batch, *, rows: int, pad_token_id: int) -> Batch:
+def pad_to_buckets(
+    batch: Batch, *, rows: int, pad_token_id: int, max_length: int | None = None
+) -> Batch:
     """The same samples in one of a few shapes: lengths rounded up to a power of two or one and a half
-    times that, from 16 on; rows filled up to `rows` with rows of weight 0.
+    times that, from 16 on, or to the model's `max_length`; rows filled up to `rows` with rows of weight 0.
 
     An NPU compiles every operation anew for a shape that it has not seen.
     """
     present, length = batch.inputs["input_ids"].shape
-    target = bucket(length)
+    target = bucket(length) if max_length is None else min(bucket(length), max(length, max_length))
     inputs = {}
     for name, values in batch.inputs.items():
         filler = pad_token_id if name == "input_ids" else 0

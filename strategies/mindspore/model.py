@@ -42,6 +42,29 @@ _CELL_NAMES: tuple[tuple[type, Mapping[str, str]], ...] = (
 )
 
 
+# Whose logits and gradients are torch's, to 1e-5 (mindone 0.5 beside transformers 5.23, on a CPU).
+COMPARED_FAMILIES = (
+    "albert",
+    "bert",
+    "camembert",
+    "distilbert",
+    "electra",
+    "falcon",
+    "gemma",
+    "layoutlm",
+    "llama",
+    "megatron-bert",
+    "mobilebert",
+    "phi",
+    "qwen2",
+    "rembert",
+    "roberta",
+    "stablelm",
+    "xlm-roberta",
+)
+_FLOATS = (ms.float32, ms.float16, ms.bfloat16, ms.float64)
+
+
 class NamedModel:
     """A model and its parameters under the names that torch has for them.
 
@@ -60,7 +83,8 @@ class NamedModel:
                 if isinstance(cell, kind):
                     known.update(names)
             for attribute, parameter in cell._params.items():
-                if parameter is None:
+                # Position numbers are held as parameters here and there; torch has buffers for them.
+                if parameter is None or parameter.dtype not in _FLOATS:
                     continue
                 name = ".".join(filter(None, (path, known.get(attribute, attribute))))
                 if id(parameter) in first:
@@ -93,29 +117,42 @@ def load_model(request: StrategyRequest) -> NamedModel:
     else:
         missing = _load_weights(named, weights, options, trained_head=request.trained_head)
     _draw(named, missing, seed=seed, spread=initializer_range(config))
-    if options.gradient_checkpointing:
-        named.model.gradient_checkpointing_enable()
     frozen = frozen_names(list(weights), options.freeze, named.base_prefix)
     for name, parameter in weights.items():
         parameter.requires_grad = name not in frozen
     return named
 
 
-def _build(config: Any, options: ModelOptions) -> Any:
+def _check_family(config: Any, options: ModelOptions) -> None:
+    """UserError for a family that mindone lacks, or computes otherwise for all that is known."""
+    family = config.model_type
+    if family in COMPARED_FAMILIES:
+        return
     known = {each.model_type for each in AutoModelForSequenceClassification._model_mapping}
-    if config.model_type not in known:
-        near = difflib.get_close_matches(config.model_type, sorted(known), n=3, cutoff=0.4)
-        nearest = f" Nearest to it: {', '.join(near)}." if near else ""
-        raise UserError(
-            f"{options.name_or_path} is a {config.model_type!r} model, which mindone does not have "
-            f"for classification.{nearest} It has: {', '.join(sorted(known))}. Choose one of these, "
-            "or train it with --strategy ddp on CUDA or a CPU."
-        )
+    what = (
+        "which mindone has, but whose numbers were never compared with torch's: others of its models "
+        "turned out to compute something else"
+        if family in known
+        else "which mindone does not have for classification"
+    )
+    near = difflib.get_close_matches(family, COMPARED_FAMILIES, n=3, cutoff=0.4)
+    nearest = f" Nearest to it: {', '.join(near)}." if near else ""
+    raise UserError(
+        f"{options.name_or_path} is a {family!r} model, {what}.{nearest} What can be trained with "
+        f"MindSpore: {', '.join(COMPARED_FAMILIES)}. Choose one of these, or train it with "
+        "--strategy ddp on CUDA or a CPU."
+    )
+
+
+def _build(config: Any, options: ModelOptions) -> Any:
+    _check_family(config, options)
     # Every weight is set below; what mindone would draw is wasted, and needs kernels that CPUs lack.
     modeling_utils._init_weights = False
+    # What config.json says is the files' dtype; the weights that are trained are fp32.
+    config.dtype = "float32"
     try:
         model = AutoModelForSequenceClassification.from_config(config)
-    except (ValueError, KeyError, TypeError, NotImplementedError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise cannot_load(options, error) from error
     finally:
         modeling_utils._init_weights = True

@@ -21,6 +21,7 @@ from tests.jobs import (
     metrics_of,
     processes_of,
     rank_process,
+    read_lines,
     said,
     start,
     summary_of,
@@ -87,18 +88,17 @@ def test_the_model_loads_in_torch_and_predicts_the_same(trained, inputs, tmp_pat
     assert result.returncode == 0, said(result)
     result = ftlaunch(
         *("eval", model, "--dataset", inputs.data, "--strategy", "ddp", "-o", tmp_path / "pt"),
+        *("--precision", "fp32"),
         command=torch_command(),
     )
     assert result.returncode == 0, said(result)
-    ours, theirs = (
-        [json.loads(line) for line in (tmp_path / side / "predictions.jsonl").open()]
-        for side in ("ms", "pt")
-    )
+    ours, theirs = (read_lines(tmp_path / side / "predictions.jsonl") for side in ("ms", "pt"))
     assert len(ours) == len(theirs) == 40
     for mine, other in zip(ours, theirs, strict=True):
-        assert mine["prediction"] == other["prediction"]
-        one, two = (np.array(list(each["probabilities"].values())) for each in (mine, other))
-        np.testing.assert_allclose(one, two, atol=1e-4)
+        assert mine["label"] == other["label"]
+        one, two = (np.array(list(each["scores"].values())) for each in (mine, other))
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-4)
+    # Every weight that transformers looks for is there, and no other.
     np.save(tmp_path / "ids.npy", np.array([[2, 5, 9, 3], [2, 7, 3, 0]]))
     run_torch("logits", model, tmp_path / "ids.npy", tmp_path / "logits.npy")
     assert np.isfinite(np.load(tmp_path / "logits.npy")).all()
@@ -267,4 +267,16 @@ def test_a_model_that_mindone_does_not_have(inputs, tmp_path):
     # transformers has it, mindone does not.
     (model / "config.json").write_text(json.dumps({**config, "model_type": "big_bird"}))
     result = ftlaunch(*inputs.command(tmp_path / "out", *MINDSPORE, model=model))
-    assert_mistake(result, "'big_bird'", "mindone", "Nearest")
+    assert_mistake(result, "'big_bird'", "mindone does not have", "Nearest to it")
+
+
+def test_a_rank_table_without_npus(inputs, tmp_path):
+    table = tmp_path / "table.json"
+    table.write_text("{}")
+    flags = inputs.command(tmp_path / "out", *MINDSPORE, f"cluster.rank_table={table}")
+    assert_mistake(ftlaunch(*flags), "cluster.rank_table", "no Ascend NPU")
+
+
+def test_gradient_checkpointing_is_refused(inputs, tmp_path):
+    flags = inputs.command(tmp_path / "out", *MINDSPORE, "model.gradient_checkpointing=true")
+    assert_mistake(ftlaunch(*flags), "model.gradient_checkpointing", "mindspore")

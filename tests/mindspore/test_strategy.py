@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.data.sample_order import samples_digest
 from ftlaunch.strategies.loop import Cursor, train
 from ftlaunch.strategies.schedule import Schedule
@@ -30,6 +31,12 @@ FAMILIES = {
         "hidden_dim": 48,
         "max_position_embeddings": 64,
         "pad_token_id": 0,
+    },
+    "xlm-roberta": {
+        **tiny.CONFIGS["bert"],
+        "model_type": "xlm-roberta",
+        "pad_token_id": 1,
+        "max_position_embeddings": 66,
     },
     "llama": {**tiny.CONFIGS["qwen2"], "model_type": "llama"},
 }
@@ -119,7 +126,7 @@ def test_window_gradient_is_that_of_the_full_batch(
         assert cosine > 0.99999
 
 
-@pytest.mark.parametrize("family", ["roberta", "distilbert", "qwen2", "llama"])
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "distilbert", "qwen2", "llama"])
 def test_families_have_the_gradients_that_they_have_in_torch(in_torch, family):
     folder, expected = in_torch(family, 0)
     [(gradient, _)] = run_ranks(1, _window_gradient, folder, 4, 0)
@@ -323,6 +330,87 @@ def test_padding_to_few_shapes_changes_nothing(tmp_path, family):
     error = np.linalg.norm(padded_gradient - gradient) / np.linalg.norm(gradient)
     assert error < 1e-5, error
     np.testing.assert_allclose(rows[0], rows[1], rtol=1e-4, atol=1e-6)
+
+
+def _weights_of(world, folder):
+    strategy = create(world, folder, model={"random_weights": False})
+    weights = {n: p.asnumpy().copy() for n, p in strategy._named.parameters.items()}
+    kinds = {str(p.dtype) for p in strategy._named.parameters.values()}
+    config = strategy.model.config
+    return weights, kinds, getattr(config, "rope_theta", None)
+
+
+def _bf16(values):
+    """As the upper halves of fp32, which is what they are in a file."""
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _write_bf16_model(folder, config, shapes):
+    """A file of the base model alone, in bf16, under old names of norms."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = np.random.default_rng(3)
+    header, data, expected = {}, b"", {}
+    for name, shape in shapes.items():
+        values = (generator.standard_normal(shape) * 0.02).astype(np.float32)
+        raw = _bf16(values).tobytes()
+        old = name.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma")
+        old = old.replace("LayerNorm.bias", "LayerNorm.beta")
+        header[old] = {
+            "dtype": "BF16",
+            "shape": list(shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
+        data += raw
+        expected[name] = (_bf16(values).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return expected
+
+
+def test_weights_in_bf16_without_a_prefix_under_old_names(in_torch, tmp_path):
+    _, gradients = in_torch("bert", 0)
+    shapes = {n: g.shape for n, g in gradients.items() if not n.startswith("classifier")}
+    config = {**tiny.CONFIGS["bert"], "torch_dtype": "bfloat16"}
+    expected = _write_bf16_model(tmp_path / "model", config, shapes)
+    [(weights, kinds, _)] = run_ranks(1, _weights_of, tmp_path / "model")
+    assert kinds == {"Float32"}
+    assert weights.keys() == gradients.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(weights[name], values)
+    assert weights["classifier.weight"].std() > 0
+
+
+def _theta(world, folder):
+    return create(world, folder).model.config.rope_theta
+
+
+def test_rotary_embeddings_as_transformers_5_writes_them(tmp_path):
+    folder = tmp_path / "qwen2"
+    folder.mkdir()
+    rope = {"rope_theta": 1e6, "rope_type": "default"}
+    config = {**tiny.CONFIGS["qwen2"], "rope_parameters": rope, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert run_ranks(1, _theta, folder) == [1e6]
+
+
+def _padding_inside(world, folder):
+    strategy = create(world, folder)
+    view = tiny.windows(world, tiny.random_table(4), global_batch=4, micro_batch=4)
+    [(batch, _)] = view.micro_batches(view.order.global_batch(0), 0)
+    batch.inputs["input_ids"][2, 1] = 0
+    try:
+        strategy.predict(batch)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_padding_token_inside_a_text(tmp_path):
+    assert run_ranks(1, _padding_inside, write_config(tmp_path / "bert", "bert")) == [""]
+    [said] = run_ranks(1, _padding_inside, write_config(tmp_path / "qwen2", "qwen2"))
+    assert "padding token (number 0)" in said
 
 
 # -- AdamW --------------------------------------------------------------------------------------
