@@ -78,6 +78,8 @@ class OutOfMemoryError(RuntimeError):
         (MemoryError(), "memory"),
         (OutOfMemoryError("CUDA out of memory"), "memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory"),
+        (RuntimeError("Allocate memory failed, size [412316860416]"), "memory"),
+        (RuntimeError("Memory not enough: Device(id:0) memory isn't enough"), "memory"),
         (ValueError("out of memory"), "exception"),
         (RuntimeError("shape mismatch"), "exception"),
     ],
