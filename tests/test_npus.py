@@ -13,8 +13,15 @@ from ftlaunch.cluster.machine import Machine
 from ftlaunch.cluster.rank_table import RankTable, TableServer
 from ftlaunch.launcher.config import ClusterOptions, load_config
 from ftlaunch.launcher.layout import HostPlan, Reason, make_layout
-from ftlaunch.launcher.npus import npu_places, rank_table_path, refuse_busy, with_rank_table
+from ftlaunch.launcher.npus import (
+    hccl_variables,
+    npu_places,
+    rank_table_path,
+    refuse_busy,
+    with_rank_table,
+)
 from ftlaunch.launcher.plan import LaunchPlan, make_plan
+from ftlaunch.launcher.ranks import rank_starts
 from tests.hosts import play
 from tests.jobs import ftlaunch, said
 from tests.test_plan import CPU, GPU
@@ -207,3 +214,78 @@ def test_exit_code_2_and_no_traceback(tmp_path, recording, words, message):
     assert result.returncode == 2, said(result)
     assert message in said(result)
     assert "Traceback" not in said(result)
+
+
+# -- the plan on NPUs, and what the ranks find --------------------------------------------------
+
+
+def _plan_on(*machines: Machine, **flags) -> LaunchPlan:
+    config = load_config(file=None, flags={"nodes": len(machines), **flags}, overrides=[])
+    return make_plan(config, machines, output_dir="out")
+
+
+COMPLETE = {
+    "mindspore": "2.10.0",
+    "mindspore_ascend": "2",
+    "mindone": "0.5.0",
+    "cann": "8.2.RC1",
+}
+NEW = replace(NPU, versions=COMPLETE, fast_bf16=True, busy={})
+OLD = replace(NEW, device_name="Ascend 910A", fast_bf16=False)
+
+
+def test_npus_choose_mindspore_by_themselves():
+    plan = _plan_on(NEW)
+    assert (plan.strategy, plan.precision, plan.start_method) == ("mindspore", "bf16", "exec")
+    assert plan.accelerator == "ascend"
+
+
+def test_the_first_generation_computes_in_fp32_alone():
+    assert _plan_on(OLD).precision == "fp32"
+    for precision in ("fp16", "bf16"):
+        with pytest.raises(UserError, match="an overflow would not be seen"):
+            _plan_on(OLD, precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "word"),
+    [
+        ("mindspore", "mindspore is not installed"),
+        ("mindspore_ascend", "plugin"),
+        ("cann", "CANN"),
+        ("mindone", "mindone"),
+    ],
+)
+def test_what_an_ascend_host_lacks_is_told(lacking, word):
+    versions = {name: version for name, version in COMPLETE.items() if name != lacking}
+    with pytest.raises(UserError, match=word):
+        _plan_on(replace(NEW, versions=versions))
+
+
+def test_ranks_on_npus_find_their_device_and_hccl(tmp_path):
+    plan = _plan_on(NEW, NEW)
+    devices = plan.hosts[0].num_devices
+    with hccl_variables(NEW, {}, timeout_seconds=300, port=25000) as hccl:
+        starts = rank_starts(plan, 25000, tmp_path, hccl)
+    scheduler, *first = starts[0]
+    assert (scheduler.rank, scheduler.env["MS_ROLE"]) == (-1, "MS_SCHED")
+    assert scheduler.env["RANK_TABLE_FILE"] == ""
+    ranks = [*first, *starts[1]]
+    assert [rank.env["DEVICE_ID"] for rank in ranks] == [str(n) for n in range(2 * devices)]
+    assert {rank.env["MS_ROLE"] for rank in ranks} == {"MS_WORKER"}
+    assert [rank.env["MS_NODE_ID"] for rank in ranks] == [rank.env["RANK"] for rank in ranks]
+    assert {rank.env["MS_ASCEND_CHECK_OVERFLOW_MODE"] for rank in ranks} == {"INFNAN_MODE"}
+    [base] = {int(rank.env["HCCL_IF_BASE_PORT"]) for rank in ranks}
+    assert not set(range(base, base + 32)) & {25000, *range(20000, 32000), *range(32768, 61000)}
+    assert not any(rank.inherits_listener for rank in ranks)
+
+
+def test_saturation_is_not_the_users_to_choose():
+    environ = {"MS_ASCEND_CHECK_OVERFLOW_MODE": "SATURATION_MODE"}
+    with hccl_variables(NEW, environ, timeout_seconds=300, port=25000) as hccl:
+        assert hccl["MS_ASCEND_CHECK_OVERFLOW_MODE"] == "INFNAN_MODE"
+
+
+def test_on_cpus_there_is_nothing_of_hccl():
+    with hccl_variables(CPU, {}, timeout_seconds=300, port=25000) as hccl:
+        assert hccl == {}
