@@ -22,10 +22,8 @@ _FOLDER = Path(__file__).parent
 _IN_BOTH = (
     "test_ascend.py",
     "test_batches.py",
-    "test_bad_input.py",
     "test_console.py",
     "test_events.py",
-    "test_fork_server.py",
     "test_hccl.py",
     "test_metrics.py",
     "test_mindspore_bad_input.py",
