@@ -66,7 +66,7 @@ def _merge(source_path: Path, target: Path, dtype: SaveDtype, model: str | None)
         raise UserError(f"{source_path} has no weights. Merge another checkpoint.")
     # --model goes before what is there.
     beside = source.model if given is None else (given, model_files(given))
-    if beside is not None:
+    if beside is not None and (given is not None or not source.beside):
         check_shapes(source.weights, beside[0])
     with new_folder(target) as folder:
         _check_space(source, folder, target, dtype)

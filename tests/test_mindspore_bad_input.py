@@ -452,3 +452,12 @@ def test_shards_that_are_not_what_the_index_says(tmp_path):
     assert "is no file" in said_of({"a": files[0], "b": files[1], "c": "model-3.safetensors"})
     save_file({"a": numbers(1)}, tmp_path / files[1], {"format": "np"})
     assert "'a' is in it and" in said_of({"a": files[0], "b": files[1]})
+
+
+def test_a_number_that_is_cut_in_two(tmp_path):
+    """Two parts of 3 and 5 bytes are as many as two numbers of fp32."""
+    values = numbers(2).tobytes()
+    content = value("a", (2,), "Float32", values[:3]) + value("a", (2,), "Float32", values[3:])
+    (tmp_path / "m.ckpt").write_bytes(with_crc(content))
+    text = refused(tmp_path, tmp_path / "m.ckpt", "--dtype", "bf16")
+    assert "'a' is cut into pieces that make no sense" in text

@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
+from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.checkpoint.merge import write_weights
 from ftlaunch.strategies.checkpoint.model_files import ModelShapes
 from ftlaunch.strategies.checkpoint.sources import Source, open_source
@@ -94,7 +95,7 @@ def test_a_tensor_in_several_parts(tmp_path):
     """As those above 512 MiB are: the shape is in each part, the bytes go on."""
     array = numbers(5, 3)
     raw = array.tobytes()
-    parts = [raw[:8], raw[8:31], raw[31:]]
+    parts = [raw[:8], raw[8:32], raw[32:]]
     content = of("first", numbers(2))
     content += b"".join(value("large", [5, 3], "Float32", part) for part in parts)
     (tmp_path / "a.ckpt").write_bytes(with_crc(content + of("last", numbers(2))))
@@ -356,6 +357,74 @@ def test_zero2_splits_the_optimizer_alone(tmp_path, evidence):
     if evidence != "bytes":
         _, found = merged(tmp_path / "s" / "rank_1" / "m.ckpt", tmp_path / "one", known)
         assert_equal(found, tensors)
+
+
+@pytest.mark.parametrize(
+    ("file", "info"),
+    [
+        ("ckpt/ckpt_0.ckpt", "params_info"),
+        ("ckpts/rank_0/m.ckpt", "params_info"),
+        ("out/rank_0/ckpt/m.ckpt", "out/params_info"),
+        ("m.ckpt", "params_info"),
+    ],
+)
+def test_one_part_never_passes_for_the_whole(tmp_path, file, info):
+    """Whatever the file is called, and wherever params_info lies around it."""
+    path = tmp_path / "s" / file
+    path.parent.mkdir(parents=True)
+    write_ckpt(path, {"fc.weight": numbers(4, 3)})
+    write_split_info(tmp_path / "s" / info, {"fc.weight": True}, 2)
+    for source in (path, path.parent):
+        with pytest.raises(UserError, match="each of 2 ranks holds a part of"):
+            open_source(source, ModelShapes({}))
+    # The model says that it is whole.
+    [weight] = open_source(path, ModelShapes({"fc.weight": (4, 3)})).weights
+    assert weight.shape == (4, 3)
+
+
+@pytest.mark.parametrize("beside", ["ema", "accum_grad"])
+def test_whole_weights_with_whole_averages_are_not_multiplied(tmp_path, beside):
+    """Under ZeRO-1 and 2, where the moments are split and an average is not."""
+    whole = numbers(8, 3)
+    for rank in range(2):
+        own = {"fc.weight": whole, f"{beside}.fc.weight": numbers(8, 3, seed=2)}
+        own["moments.fc.weight"] = np.split(numbers(8, 3, seed=3), 2)[rank]
+        write_ckpt(tmp_path / "s" / f"rank_{rank}" / "m.ckpt", own)
+    write_split_info(tmp_path / "s" / "params_info", {"fc.weight": True}, 2)
+    _, found = merged(tmp_path / "s", tmp_path / "merged")
+    assert_equal(found, {"fc.weight": whole})
+
+
+def test_parts_of_two_saves_are_not_put_together(tmp_path):
+    for rank in range(2):
+        own = {"fc.weight": numbers(4, 3, seed=rank), "global_step": np.array(100 * (rank + 1))}
+        write_ckpt(tmp_path / f"rank_{rank}" / "m.ckpt", own)
+    write_split_info(tmp_path / "params_info", {"fc.weight": True}, 2)
+    with pytest.raises(UserError, match="'global_step' has other bytes on rank 1"):
+        open_source(tmp_path, ModelShapes({}))
+
+
+def test_a_file_beside_the_folders_of_ranks_is_not_passed_over(tmp_path):
+    write_ckpt(tmp_path / "final.ckpt", {"fc.weight": numbers(4, 3)})
+    write_ckpt(tmp_path / "rank_0" / "old.ckpt", {"fc.weight": numbers(4, 3, seed=1)})
+    with pytest.raises(UserError, match="nothing says which one is meant"):
+        open_source(tmp_path, ModelShapes({}))
+
+
+def test_parts_beside_a_config_are_merged(tmp_path):
+    """What lies with the parts is not another model to compare with."""
+    whole = numbers(8, 3)
+    for rank in range(2):
+        folder = tmp_path / "s" / f"rank_{rank}"
+        folder.mkdir(parents=True)
+        part = np.split(whole, 2)[rank]
+        save_file({"fc.weight": part}, folder / "model.safetensors", {"format": "np"})
+        (folder / "config.json").write_text("{}")
+    write_split_info(tmp_path / "s" / "params_info", {"fc.weight": True}, 2)
+    result = ftlaunch("merge", tmp_path / "s", tmp_path / "merged")
+    assert result.returncode == 0, said(result)
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    np.testing.assert_array_equal(found["fc.weight"], whole)
 
 
 # -- a whole model ------------------------------------------------------------------------------

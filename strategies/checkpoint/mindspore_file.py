@@ -54,6 +54,8 @@ _MAX_NAME_BYTES = 4096
 _MAX_TYPE_BYTES = 32
 _MAX_AXES = 32
 _MAX_DIM = 1 << 48
+# MindSpore cuts every 512 MiB.
+_MAX_PARTS = 1 << 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,6 +226,8 @@ def _finish(
         raise data.damaged(
             f"{name!r} has {nbytes:,} bytes, its shape {shape} of {kind} needs {expected:,}",
         )
+    if len(parts) > _MAX_PARTS or any(part.run.nbytes % ITEM_BYTES[dtype] for part in parts):
+        raise data.damaged(f"{name!r} is cut into pieces that make no sense")
     runs = tuple(part.run for part in parts if part.run.nbytes)
     entries[name] = Weight(name=name, dtype=dtype, shape=shape, runs=runs)
 

@@ -59,6 +59,8 @@ def find_files(folder: Path) -> MindsporeFiles | None:
                     f"{folders[rank]} holds no checkpoint, the other ranks' folders do. Copy it "
                     "anew, or pass one rank's file."
                 )
+        if paths := _checkpoints_in(folder):
+            raise _several(folder, [*paths, *(path for own in by_folder.values() for path in own)])
         return _complete(folder, by_folder)
     paths = _checkpoints_in(folder)
     names = [(path, found) for path in paths if (found := _RANK_FILE.fullmatch(path.stem))]
@@ -80,7 +82,8 @@ def _rank_folders(folder: Path) -> dict[int, Path]:
     found: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
         name = _RANK_FOLDER.fullmatch(path.name)
-        if name and path.is_dir():
+        # A link to the folder itself is no rank's.
+        if name and path.is_dir() and not path.samefile(folder):
             if int(name[1]) in found:
                 raise UserError(
                     f"{folder} has two folders of rank {int(name[1])}, {found[int(name[1])].name} "

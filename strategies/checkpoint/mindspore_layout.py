@@ -38,6 +38,7 @@ from ftlaunch.strategies.checkpoint.torch_zip import ITEM_BYTES
 from ftlaunch.strategies.checkpoint.weights import Weight, cut
 
 _SHOWN = 16
+_MOMENTS = ("adam_m", "adam_v", "moment1", "moment2", "exp_avg", "exp_avg_sq", "moments")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +55,14 @@ class _Rank:
     """What one rank has written.
 
     state    entries that are no weights → what they are
+    numbers  those of them that are counts and the like, such as global_step
     """
 
     files: tuple[MindsporeFile, ...]
     weights: Mapping[str, Weight]
     entries: Mapping[str, Shape]
     state: Mapping[str, str]
+    numbers: Mapping[str, Weight]
 
 
 def mindspore_weights(files: MindsporeFiles, known: ModelShapes) -> MindsporeWeights:
@@ -69,12 +72,18 @@ def mindspore_weights(files: MindsporeFiles, known: ModelShapes) -> MindsporeWei
     UserError for files that are missing, damaged, not of one save, or not supported.
     """
     ranks = [_read_rank(paths, known) for paths in files.ranks.values()]
-    info = read_split_info(files.folder) if files.has_ranks else None
+    # Whatever the files are called: a part alone would pass for the whole.
+    info = read_split_info(files.folder)
     for number, rank in enumerate(ranks[1:], 1):
         _check_names(files, ranks[0], rank, number)
     split = _split_names(files, info, ranks, known)
     found = []
     with RunReader() as reader:
+        for number, rank in enumerate(ranks[1:], 1):
+            # Parts of two saves would differ nowhere else.
+            for name, entry in ranks[0].numbers.items():
+                if name in rank.numbers:
+                    _check_same(files, reader, entry, rank.numbers[name], number)
         for name, weight in ranks[0].weights.items():
             if name in split:
                 found.append(_together(files, [rank.weights[name] for rank in ranks]))
@@ -107,7 +116,8 @@ def _read_rank(paths: Sequence[Path], known: ModelShapes) -> _Rank:
     shapes = {name: entry.shape for name, entry in entries.items()}
     state = optimizer_state(shapes, known)
     weights = {name: entry for name, entry in entries.items() if name not in state}
-    return _Rank(files=files, weights=weights, entries=shapes, state=state)
+    numbers = {name: entries[name] for name, kind in state.items() if kind == name}
+    return _Rank(files=files, weights=weights, entries=shapes, state=state, numbers=numbers)
 
 
 def _check_index(files: Sequence[MindsporeFile]) -> None:
@@ -177,9 +187,16 @@ def _are_whole(
         there = known.shape(name)
         if there is not None and parts_of(shape, there) in (1, info.num_ranks):
             return there == shape
-        for state in states.get(name, ()):
-            if (parts := parts_of(ranks[0].entries[state], shape)) in (1, info.num_ranks):
-                return parts == info.num_ranks
+    sizes = [
+        (ranks[0].state[state], parts_of(ranks[0].entries[state], ranks[0].weights[name].shape))
+        for name in names
+        for state in states.get(name, ())
+    ]
+    if any(parts == info.num_ranks for _, parts in sizes):
+        return True
+    # A moment as large as its weight was cut like it; an average or a sum may be whole all the same.
+    if any(parts == 1 and kind in _MOMENTS for kind, parts in sizes):
+        return False
     return len(ranks) > 1 and _are_copies(info, ranks, names)
 
 

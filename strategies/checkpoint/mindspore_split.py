@@ -19,6 +19,8 @@ from ftlaunch.strategies.checkpoint.mindspore_folder import read_json
 FOLDER = "params_info"
 _FILE = re.compile(r"params_split_info_(\d{1,6})\.json")
 _MAX_BYTES = 1 << 28
+# ckpt/, rank_0/ckpt/ and what they lie in.
+_LEVELS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +33,13 @@ class SplitInfo:
 
 
 def read_split_info(folder: Path) -> SplitInfo | None:
-    """Of a checkpoint's folder: from it, its `params_info` or the one beside it. None without any.
+    """Of a checkpoint's folder: from it, its `params_info`, or the one beside it or beside a folder
+    that it is in, three further up at most. None without any.
 
     UserError for files that are damaged, missing, or contradict one another.
     """
-    for place in (folder, folder / FOLDER, folder.parent / FOLDER):
+    above = [each / FOLDER for each in (folder, *folder.absolute().parents)[1:_LEVELS]]
+    for place in (folder, folder / FOLDER, *above):
         found = _files(place)
         if found:
             return _together(place, found)

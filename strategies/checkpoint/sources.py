@@ -41,12 +41,14 @@ class Source:
     what     a line for the user: which checkpoint, of what kind
     model    the folder with config.json and the tokenizer, and the names of these files; or None
     notes    further lines for the user
+    beside   what `model` names lies with the weights themselves: there is nothing to compare
     """
 
     what: str
     weights: tuple[Weight, ...]
     model: tuple[Path, tuple[str, ...]] | None
     notes: tuple[str, ...]
+    beside: bool = False
 
 
 def open_source(folder: Path, known: ModelShapes | None = None) -> Source:
@@ -128,6 +130,7 @@ def _mindspore(path: Path, files: MindsporeFiles, known: ModelShapes) -> Source:
     of_ranks = f", written by {found.num_ranks} rank(s)" if files.has_ranks else ""
     return Source(
         what=f"{path}: MindSpore{of_ranks}",
+        beside=True,
         weights=found.weights,
         model=(places[0], model_files(places[0])) if places else None,
         notes=found.notes,
