@@ -39,6 +39,8 @@ JOBS = [
 # What the command does with its arguments, but at its Nth read of weights it gets a signal.
 _DISTURBED = """
 import os, signal, sys
+# Where the tests themselves run in the background of a script, Ctrl-C is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from ftlaunch.strategies.checkpoint.run_reader import RunReader
 fill, left = RunReader._fill, [int(sys.argv[1])]
 def disturbed(*args):
