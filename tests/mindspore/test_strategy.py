@@ -332,6 +332,35 @@ def test_padding_to_few_shapes_changes_nothing(tmp_path, family):
     np.testing.assert_allclose(rows[0], rows[1], rtol=1e-4, atol=1e-6)
 
 
+def _shapes_on_npus(world, folder):
+    """The shapes that the model sees where each new one costs a compilation: train, eval, train."""
+    strategy = create(world, folder)
+    strategy._accelerator = "ascend"
+    shapes = []
+    inner = strategy.model.construct
+
+    def construct(*args, input_ids, **inputs):
+        shapes.append(tuple(input_ids.shape))
+        return inner(*args, input_ids=input_ids, **inputs)
+
+    strategy.model.construct = construct
+    for rows, training in ((4, True), (8, False), (3, True)):
+        view = tiny.windows(world, tiny.random_table(rows), global_batch=rows, micro_batch=rows)
+        [(batch, _)] = view.micro_batches(view.order.global_batch(0), 0)
+        if training:
+            strategy.accumulate(batch, float(rows), last=True)
+        else:
+            assert strategy.predict(batch).shape == (rows, 3)
+    return shapes
+
+
+def test_evaluation_does_not_widen_training(tmp_path):
+    folder = write_config(tmp_path / "bert", "bert")
+    [shapes] = run_ranks(1, _shapes_on_npus, folder)
+    assert [rows for rows, _ in shapes] == [4, 8, 4]
+    assert all(length in (16, 24, 32, 48, 64) for _, length in shapes)
+
+
 def _weights_of(world, folder):
     strategy = create(world, folder, model={"random_weights": False})
     weights = {n: p.asnumpy().copy() for n, p in strategy._named.parameters.items()}
