@@ -44,6 +44,7 @@ from ftlaunch.strategies.mindspore.group import (
 )
 from ftlaunch.strategies.mindspore.model import NamedModel, load_model, model_files, set_values
 from ftlaunch.strategies.model_config import max_length_of
+from ftlaunch.strategies.shares import own_runs
 
 _DTYPES = {"bf16": ms.bfloat16, "fp16": ms.float16}
 # Gradients travel in flat buckets of about so many elements: 64 MiB.
@@ -253,22 +254,15 @@ class MindSporeDataParallel:
     def state_slices(self) -> Iterable[TensorSlice]:
         """The r-th of W equal runs of all elements of all tensors."""
         tensors = list(self._tensors())
-        total = sum(tensor.size for _, _, tensor in tensors)
-        first = total * self.world.rank // self.world.size
-        last = total * (self.world.rank + 1) // self.world.size
-        position = 0
-        for kind, name, tensor in tensors:
-            begin, end = max(first, position), min(last, position + tensor.size)
-            if begin < end:
-                start = begin - position
-                yield TensorSlice(
-                    name=name,
-                    kind=kind,
-                    shape=tuple(tensor.shape),
-                    start=start,
-                    values=tensor.asnumpy().reshape(-1)[start : end - position],
-                )
-            position += tensor.size
+        for number, start, end in own_runs([tensor.size for _, _, tensor in tensors], self.world):
+            kind, name, tensor = tensors[number]
+            yield TensorSlice(
+                name=name,
+                kind=kind,
+                shape=tuple(tensor.shape),
+                start=start,
+                values=tensor.asnumpy().reshape(-1)[start:end],
+            )
 
     def load_state(
         self, reader: StateReader, *, optimizer_steps: int, loss_scale: Mapping[str, float]

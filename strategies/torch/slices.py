@@ -9,6 +9,7 @@ import torch
 
 from ftlaunch.cluster.world import World
 from ftlaunch.strategies.base import StateReader, TensorSlice
+from ftlaunch.strategies.shares import own_runs
 
 
 def own_share(
@@ -18,25 +19,18 @@ def own_share(
 
     Floating-point values become fp32. On a CPU the slices are views.
     """
-    total = sum(tensor.numel() for _, _, tensor in tensors)
-    first = total * world.rank // world.size
-    last = total * (world.rank + 1) // world.size
-    position = 0
-    for kind, name, tensor in tensors:
-        begin, end = max(first, position), min(last, position + tensor.numel())
-        if begin < end:
-            start = begin - position
-            values = tensor.detach().reshape(-1)[start : end - position]
-            if values.is_floating_point():
-                values = values.float()
-            yield TensorSlice(
-                name=name,
-                kind=kind,
-                shape=tuple(tensor.shape),
-                start=start,
-                values=values.cpu().numpy(),
-            )
-        position += tensor.numel()
+    for number, start, end in own_runs([tensor.numel() for _, _, tensor in tensors], world):
+        kind, name, tensor = tensors[number]
+        values = tensor.detach().reshape(-1)[start:end]
+        if values.is_floating_point():
+            values = values.float()
+        yield TensorSlice(
+            name=name,
+            kind=kind,
+            shape=tuple(tensor.shape),
+            start=start,
+            values=values.cpu().numpy(),
+        )
 
 
 def copy_whole(reader: StateReader, kind: str, name: str, tensor: torch.Tensor) -> None:

@@ -17,8 +17,8 @@ from tests.mindspore.torch_side import run_torch
 
 FAMILIES = {
     "roberta": {
-        "model_type": "roberta",
         **tiny.CONFIGS["bert"],
+        "model_type": "roberta",
         "pad_token_id": 1,
         "max_position_embeddings": 66,
     },
@@ -40,7 +40,6 @@ FAMILIES = {
     },
     "llama": {**tiny.CONFIGS["qwen2"], "model_type": "llama"},
 }
-FAMILIES["roberta"]["model_type"] = "roberta"
 
 
 def write_config(folder, family):
