@@ -16,7 +16,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
+from ftlaunch.cluster.addresses import network_name, own_addresses, reaches, way_to
 from ftlaunch.cluster.errors import FtlaunchError, UserError
 from ftlaunch.cluster.events import (
     AskStacks,
@@ -25,6 +27,7 @@ from ftlaunch.cluster.events import (
     Event,
     Exited,
     Hello,
+    Inspect,
     Kill,
     Killed,
     Leave,
@@ -33,9 +36,12 @@ from ftlaunch.cluster.events import (
     Pong,
     Prepare,
     RankStart,
+    Reach,
+    Reached,
     Refused,
     ServerGone,
     ServerReady,
+    Signalled,
     Spawn,
     Start,
     Started,
@@ -47,6 +53,7 @@ from ftlaunch.cluster.events import (
 )
 from ftlaunch.cluster.fork_link import JOB_VARIABLE, MAX_SPAWN_BYTES, ForkLink
 from ftlaunch.cluster.fork_server import SERVER_NAME
+from ftlaunch.cluster.inspection import inspect
 from ftlaunch.cluster.linux import (
     Process,
     adopt_orphans,
@@ -59,6 +66,7 @@ from ftlaunch.cluster.linux import (
 from ftlaunch.cluster.machine import detect_machine
 from ftlaunch.cluster.ports import hold_port
 from ftlaunch.cluster.rank_watch import RankWatch
+from ftlaunch.cluster.signals import ANNOUNCEMENTS
 
 AGENT_NAME = "ftlaunch-agent"
 _READ_BYTES = 1 << 16
@@ -66,6 +74,8 @@ _TAIL_SECONDS = 0.1
 # Beyond the time of grace; the fork server itself allows the kernel three.
 _KILL_SECONDS = 4.0
 _STACK_SECONDS = 1.0
+# Well within a heartbeat: nothing else is done meanwhile.
+_REACH_SECONDS = 1.0
 # With so much unsent the ranks have to wait: nothing piles up here.
 _MAX_UNSENT_BYTES = 1 << 20
 
@@ -95,16 +105,26 @@ class Agent:
         self._kill_by: float | None = None
         self._command_lines = LineBuffer()
         self._unsent = bytearray()
+        self._signal_reading, self._signal_writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.set_blocking(events, False)
 
     def run(self) -> None:
         """Serve until the command pipe closes or the coordinator falls silent."""
         machine = detect_machine(os.environ)
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        self._send(Hello(machine=machine.to_dict(), pid=os.getpid(), boot_id=boot_id))
+        self._send(
+            Hello(
+                machine=machine.to_dict(),
+                pid=os.getpid(),
+                boot_id=boot_id,
+                network=network_name(),
+                addresses={own.address: own.interface for own in own_addresses()},
+            )
+        )
         # Not before: a driver may take its time to answer.
         self._heard_at = self._round_at = time.monotonic()
         self._listen_to(self._commands, self._read_commands)
+        self._listen_to(self._signal_reading, self._relay_signals)
         try:
             while not self._is_forsaken():
                 for key, _ in self._selector.select(self._next_timeout()):
@@ -176,6 +196,16 @@ class Agent:
         self._unwatch(self._events)
         return True
 
+    def note_signal(self, number: int, frame: FrameType | None) -> None:
+        """A handler: the scheduler signals every process of a job's step, this one among them."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._signal_writing, bytes([number]))
+
+    def _relay_signals(self) -> bool:
+        for number in os.read(self._signal_reading, 64):
+            self._send(Signalled(signal=number))
+        return True
+
     # -- commands ---------------------------------------------------------------------------
 
     def _read_commands(self) -> bool:
@@ -193,6 +223,10 @@ class Agent:
                 self._send(Pong(echo=command.time, time=time.monotonic()))
             elif isinstance(command, Suspend):
                 self._heard_at = None
+            elif isinstance(command, Reach):
+                self._reach(command)
+            elif isinstance(command, Inspect):
+                self._send(inspect(command))
             elif isinstance(command, Bind):
                 self._bind(command)
             elif isinstance(command, Prepare):
@@ -210,6 +244,18 @@ class Agent:
             self._send(Refused(reason=str(error), user=True))
         except (OSError, ValueError, FtlaunchError) as error:
             self._send(Refused(reason=f"{type(error).__name__}: {error}", user=False))
+
+    def _reach(self, command: Reach) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(max_workers=max(1, len(command.addresses))) as pool:
+            tries = pool.map(
+                lambda address: reaches(address, command.port, _REACH_SECONDS), command.addresses
+            )
+            reasons = dict(zip(command.addresses, tries, strict=True))
+        ways = {address: way_to(address) for address in command.addresses}
+        interfaces = {address: way.interface for address, way in ways.items() if way is not None}
+        self._send(Reached(reasons=reasons, interfaces=interfaces))
 
     def _bind(self, command: Bind) -> None:
         self._close_listener()
@@ -395,6 +441,8 @@ def main() -> int:
         events=sys.stdout.fileno(),
         heartbeat_seconds=float(sys.argv[1]),
     )
+    for number in ANNOUNCEMENTS:
+        signal.signal(number, agent.note_signal)
     try:
         agent.run()
     except BrokenPipeError:

@@ -33,9 +33,18 @@ from ftlaunch.cluster.events import (
     Started,
     Stop,
 )
+from ftlaunch.cluster.gathering import (
+    Inspection,
+    Network,
+    agent_lost,
+    connect,
+    gather,
+    inspect_nodes,
+)
 from ftlaunch.cluster.linux import Process, read_process
 from ftlaunch.cluster.machine import Machine
 from ftlaunch.cluster.nodes import Nodes
+from ftlaunch.cluster.transport import Orders, Way
 
 _HELLO_SECONDS = 60.0
 _KILL_SECONDS = 10.0
@@ -54,10 +63,8 @@ class Coordinator:
     ranks, servers, agents    the processes of this machine, for whoever rehearses faults
     """
 
-    def __init__(
-        self, node_names: Sequence[str], *, log_dir: Path, heartbeat_seconds: float
-    ) -> None:
-        self._nodes = Nodes(node_names, log_dir=log_dir, heartbeat_seconds=heartbeat_seconds)
+    def __init__(self, ways: Sequence[Way], orders: Orders, *, log_dir: Path) -> None:
+        self._nodes = Nodes(ways, orders, log_dir=log_dir)
         self._signals = self._nodes.signals
         self._log_dir = log_dir
         self._given_up: str | None = None
@@ -65,6 +72,7 @@ class Coordinator:
         self._attempt: Attempt | None = None
         self._heard_at = 0.0
         self._node_of_rank: dict[int, int] = {}
+        self._hellos: list[Hello] = []
         self.allowance: float | None = None
         self.on_tick: Callable[[], None] = lambda: None
         self.ranks: dict[int, Process | None] = {}
@@ -108,23 +116,18 @@ class Coordinator:
     # -- before the ranks -------------------------------------------------------------------
 
     def machines(self) -> list[Machine]:
-        """Wait until every agent has said what its machine is."""
-        found: dict[int, Machine] = {}
-        size = len(self._nodes)
-        for number, event in self._nodes.poll_until(_HELLO_SECONDS, lambda: len(found) < size):
-            if event is None:
-                raise self._agent_lost(number)
-            if isinstance(event, Hello):
-                found[number] = Machine.from_dict(event.machine)
-            else:
-                self._note(number, event)
-        if len(found) < size and not self.stop_requested:
-            silent = [name for n, name in enumerate(self._nodes.names) if n not in found]
-            raise JobError(
-                f"no answer from the agent on {', '.join(silent)} within {_HELLO_SECONDS:.0f} s; "
-                f"see {self._log_dir}"
-            )
-        return [found[n] for n in sorted(found)]
+        """Wait until every agent has said what its machine is; none when a stop was asked for."""
+        hellos = gather(self._nodes, self._note)
+        self._hellos = hellos or []
+        return [Machine.from_dict(hello.machine) for hello in self._hellos]
+
+    def connect(self) -> Network:
+        """Where the ranks can meet. UserError when the nodes do not reach each other."""
+        return connect(self._nodes, self._hellos, self._note)
+
+    def inspect(self, folder: Path, paths: Sequence[str]) -> list[Inspection]:
+        """What each node sees of the output folder and of what its ranks will read."""
+        return inspect_nodes(self._nodes, folder, paths, self._note)
 
     def prepare(self, command: Prepare) -> None:
         """Have the fork servers begin to import what the ranks will need."""
@@ -137,7 +140,7 @@ class Coordinator:
         self._nodes[0].send(Bind(address=address, port=port, listens=listens))
         for number, event in self._nodes.poll_until(_HELLO_SECONDS, lambda: True):
             if event is None:
-                raise self._agent_lost(number)
+                raise agent_lost(self._nodes[number])
             self._note(number, event)
             if isinstance(event, Bound):
                 return event.port
@@ -155,7 +158,7 @@ class Coordinator:
                 self._nodes[number].send(self._prepare)
         for number, event in self._nodes.poll_until(_HELLO_SECONDS, lambda: bool(waiting)):
             if event is None:
-                raise self._agent_lost(number)
+                raise agent_lost(self._nodes[number])
             self._note(number, event)
             if isinstance(event, Hello):
                 waiting.discard(number)
@@ -165,12 +168,6 @@ class Coordinator:
                 f"no answer from the new agent on {names} within {_HELLO_SECONDS:.0f} s; see "
                 f"{self._log_dir}"
             )
-
-    def _agent_lost(self, number: int) -> JobError:
-        node = self._nodes[number]
-        return JobError(
-            f"the agent on {node.name} is lost: {node.lost}; its last words are in {node.log_path}"
-        )
 
     # -- the ranks --------------------------------------------------------------------------
 

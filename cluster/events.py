@@ -69,6 +69,31 @@ class Bind:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """Try to connect to another node, which listens on every one of its addresses."""
+
+    kind: ClassVar[str] = "reach"
+    addresses: list[str]
+    port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspect:
+    """Look for what the job needs on this node.
+
+    paths    files and folders that ranks will read
+    folder   the output folder, in which a file `token` lies; another, named after it and `node`,
+             is to be put beside it
+    """
+
+    kind: ClassVar[str] = "inspect"
+    paths: list[str]
+    folder: str
+    token: str
+    node: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankStart:
     """One process to start: a rank, or below zero one that serves the ranks and ends with them.
 
@@ -139,12 +164,55 @@ class AskStacks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """An agent is there. Machines with the same `boot_id` are one, and have one clock."""
+    """An agent is there.
+
+    boot_id    machines with the same one are one, and have one clock
+    network    nodes with the same one share their loopback interface
+    addresses  under which other nodes may reach this one, the likeliest first, with interfaces
+    """
 
     kind: ClassVar[str] = "hello"
     machine: dict[str, Any]
     pid: int
     boot_id: str
+    network: str
+    addresses: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signalled:
+    """The agent was sent a signal: the scheduler asks the job to stop."""
+
+    kind: ClassVar[str] = "signalled"
+    signal: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reached:
+    """How another node's addresses were reached: by address, why not ("": it was), the interface."""
+
+    kind: ClassVar[str] = "reached"
+    reasons: dict[str, str]
+    interfaces: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspected:
+    """What a node makes of what a job needs there (`Inspect`).
+
+    time         of its wall clock
+    missing      of the paths, those that are not there or cannot be read, with the reason
+    sees_token   the coordinator's file in the output folder is there
+    unwritable   why nothing can be written there; "": something was, beside the token
+    free_bytes   that this user may fill; None where there is no such folder
+    """
+
+    kind: ClassVar[str] = "inspected"
+    time: float
+    missing: dict[str, str]
+    sees_token: bool
+    unwritable: str
+    free_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,9 +316,25 @@ class Refused:
     user: bool
 
 
-Command = Ping | Suspend | Bind | Prepare | Start | Spawn | Stop | Kill | Leave | AskStacks
+Command = (
+    Ping
+    | Suspend
+    | Reach
+    | Inspect
+    | Bind
+    | Prepare
+    | Start
+    | Spawn
+    | Stop
+    | Kill
+    | Leave
+    | AskStacks
+)
 Event = (
     Hello
+    | Signalled
+    | Reached
+    | Inspected
     | Pong
     | Bound
     | ServerReady
@@ -290,9 +374,9 @@ def decode_command(line: bytes) -> Command:
 
 def decode_event(line: bytes) -> Event | None:
     """None for a line that is not an event; ValueError for one that pretends to be."""
-    if not line.startswith(EVENT_PREFIX):
-        return None
-    return _decode(line[len(EVENT_PREFIX) :], _EVENTS)  # type: ignore[no-any-return]
+    # A prompt, say, has no line of its own; JSON never holds the prefix's first character.
+    _, prefix, message = line.partition(EVENT_PREFIX)
+    return _decode(message, _EVENTS) if prefix else None
 
 
 def encode_server_event(event: Event) -> bytes:

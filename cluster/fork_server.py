@@ -50,6 +50,7 @@ from ftlaunch.cluster.linux import (
 )
 from ftlaunch.cluster.process_tree import end_families, end_processes
 from ftlaunch.cluster.rank_process import become_rank
+from ftlaunch.cluster.signals import ANNOUNCEMENTS
 
 SERVER_NAME = "ftlaunch-forks"
 MAX_MESSAGE_BYTES = 1 << 18
@@ -394,7 +395,10 @@ def _has_hung_up(peer: socket.socket) -> bool:
 def main() -> int:
     """Arguments: the listening descriptor, and what `Prepare` says, as JSON."""
     request = json.loads(sys.argv[1])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A scheduler signals every process of a job's step. What follows from that is the coordinator's
+    # to say, and the ranks' to do.
+    for number in (signal.SIGINT, *ANNOUNCEMENTS):
+        signal.signal(number, signal.SIG_IGN)
     name_process(SERVER_NAME)
     adopt_orphans()
     server = ForkServer(

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ftlaunch.cluster.events import Command, Event, Ping, Suspend, decode_event
+from ftlaunch.cluster.events import Command, Event, Ping, Signalled, Suspend, decode_event
 from ftlaunch.cluster.fork_link import JOB_VARIABLE
 from ftlaunch.cluster.linux import kill_exactly, processes_with
 from ftlaunch.cluster.signals import StopSignals
-from ftlaunch.cluster.transport import Node, start_local
+from ftlaunch.cluster.transport import Node, Orders, Way, start_agent
 
 _READ_BYTES = 1 << 16
 _LEAVE_SECONDS = 8.0
@@ -24,15 +24,15 @@ _PINGS = 3
 
 
 class Nodes:
-    """Every agent, and the signals that the user sends to the job.
+    """Every agent, and the signals that the user sends to the job."""
 
-    heartbeat_seconds   silence of an agent after which its node is taken for lost
-    """
-
-    def __init__(self, names: Sequence[str], *, log_dir: Path, heartbeat_seconds: float) -> None:
-        self.names = tuple(names)
+    def __init__(self, ways: Sequence[Way], orders: Orders, *, log_dir: Path) -> None:
+        self.names = tuple(way.name for way in ways)
         self.signals = StopSignals()
-        self.heartbeat_seconds = heartbeat_seconds
+        # Silence of an agent after which its node is taken for lost.
+        self.heartbeat_seconds = orders.heartbeat_seconds
+        self._ways = tuple(ways)
+        self._orders = orders
         self._selector = selectors.DefaultSelector()
         self._nodes: list[Node] = []
         self._log_dir = log_dir
@@ -73,8 +73,9 @@ class Nodes:
         self.signals.restore()
         # Agents and fork servers have ended all that they knew of. Should one have been killed in
         # the act: whatever carries the job's mark on this machine is the job's.
-        for process in processes_with(JOB_VARIABLE, self._job):
-            kill_exactly(process)
+        for mark in {self._mark(number) for number in range(len(self))}:
+            for process in processes_with(JOB_VARIABLE, mark):
+                kill_exactly(process)
 
     def replace_lost(self) -> list[int]:
         """Start an agent anew where one is gone; the nodes whose agents have yet to say hello."""
@@ -86,14 +87,18 @@ class Nodes:
         return [number for number, node in enumerate(self._nodes) if not node.greeted]
 
     def _start(self, number: int) -> Node:
-        node = start_local(
-            self.names[number],
-            {JOB_VARIABLE: self._job},
+        node = start_agent(
+            self._ways[number],
+            self._orders,
+            {JOB_VARIABLE: self._mark(number)},
             self._log_dir / f"agent-{number}.log",
-            heartbeat_seconds=self.heartbeat_seconds,
         )
         self._selector.register(node.events, selectors.EVENT_READ, number)
         return node
+
+    def _mark(self, number: int) -> str:
+        """What everything of the job carries on a node; nodes that are played here share it."""
+        return self._job if self._ways[number].kind == "local" else f"{self._job}-{number}"
 
     def _end(self, node: Node, deadline: float) -> None:
         """Wait for it to leave; what it still has to say is read by nobody any more."""
@@ -123,16 +128,28 @@ class Nodes:
             number: int = key.data
             node = self._nodes[number]
             data = os.read(node.events.fileno(), _READ_BYTES)
-            for line in node.lines.feed(data):
-                event = decode_event(line)
-                if event is not None:
-                    node.hear(event)
-                    arrived.append((number, event))
+            arrived += [(number, event) for event in self._events_in(node, data)]
             if not data:
                 self._lose(number, node.how_it_ended())
                 arrived.append((number, None))
         arrived += [(number, None) for number in self._fallen_silent()]
         return arrived
+
+    def _events_in(self, node: Node, data: bytes) -> Iterator[Event]:
+        for line in node.lines.feed(data):
+            try:
+                event = decode_event(line)
+            except ValueError:
+                event = None
+            if event is None:
+                # What a login shell prints may be the reason why no agent follows.
+                node.keep(line)
+                continue
+            node.hear(event)
+            if isinstance(event, Signalled):
+                self.signals.relay(event.signal)
+            else:
+                yield event
 
     def poll_until(
         self, seconds: float, unfinished: Callable[[], bool]

@@ -26,6 +26,9 @@ def become_rank(
     """
     os.setsid()
     die_with_parent(parent)
+    if start.rank >= 0:
+        # What serves the ranks goes on ignoring it: it is ended when they have stopped.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     name_process(f"rank-{start.rank}" if start.rank >= 0 else "rank-helper")
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (log, 1), (log, 2)):

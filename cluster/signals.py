@@ -1,4 +1,4 @@
-"""Ctrl-C, Ctrl-Z and SIGTERM as something a selector can wait for."""
+"""Ctrl-C, Ctrl-Z, SIGTERM and a scheduler's signals as something a selector can wait for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import signal
 from types import FrameType
 from typing import Any
 
-_STOPS = (signal.SIGINT, signal.SIGTERM)
+# Schedulers announce the end of an allocation by one of the two that programs may choose.
+ANNOUNCEMENTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_STOPS = (signal.SIGINT, *ANNOUNCEMENTS)
 
 
 class StopSignals:
@@ -44,6 +46,11 @@ class StopSignals:
             os.read(self.descriptor, 1024)
         except BlockingIOError:
             pass
+
+    def relay(self, number: int) -> None:
+        """A signal that came to another process of the job; all of them mean one request."""
+        if not self.count:
+            self._count(number, None)
 
     def _count(self, number: int, frame: FrameType | None) -> None:
         self.count += 1

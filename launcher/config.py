@@ -43,10 +43,21 @@ class ClusterOptions:
     __pydantic_config__ = _STRICT
 
     kind: Literal["auto", "local", "ssh", "slurm"] = "auto"
-    nodes: Annotated[int, Gt(0)] = 1
+    # None: all hosts that are named or allocated; one without any.
+    nodes: Annotated[int, Gt(0)] | None = None
+    # A job that loses nodes goes on with the others as long as there are so many. None: all.
+    min_nodes: Annotated[int, Gt(0)] | None = None
     # Ranks on each node; None: every accelerator that is visible, one rank on a CPU.
     devices: Annotated[int, Gt(0)] | None = None
     hostfile: str | None = None
+    # Reached over ssh; each may be a node set, such as n[1-4].
+    hosts: tuple[str, ...] | None = None
+    # The interpreter on other nodes: a path or a name. None: the path of this one.
+    python: str | None = None
+    # Variables that nodes are given over ssh beside those that are known; * stands for any end.
+    export: tuple[str, ...] = ()
+    # Shell lines that run on every other node before anything of ours.
+    prologue: str | None = None
     max_restarts: Annotated[int, Ge(0)] = 3
     # Of the rendezvous on node 0; 0 lets it choose a free one.
     port: Annotated[int, Ge(0), Le(65535)] = 0
@@ -265,18 +276,26 @@ def _set(settings: dict[str, Any], key: str, value: Any) -> None:
     place[name] = value
 
 
+# A comma within brackets belongs to a node set: n[1,3-4].
+_WORD_ENDS = re.compile(r",(?![^\[]*\])")
+
+
 def _split_lists(settings: dict[str, Any]) -> None:
     """`data.text_columns=a,b` and a single word stand for a list."""
-    for section in ("model", "data", "train"):
+    kinds: dict[str, Any] = {
+        "cluster": ClusterOptions,
+        "model": ModelOptions,
+        "data": DataOptions,
+        "train": TrainOptions,
+    }
+    for section, kind in kinds.items():
         values = settings.get(section)
         if not isinstance(values, dict):
             continue
-        hints = typing.get_type_hints(
-            {"model": ModelOptions, "data": DataOptions}.get(section, TrainOptions)
-        )
+        hints = typing.get_type_hints(kind)
         for name, value in values.items():
             if isinstance(value, str) and _takes_words(hints.get(name)):
-                values[name] = [word.strip() for word in value.split(",") if word.strip()]
+                values[name] = [word.strip() for word in _WORD_ENDS.split(value) if word.strip()]
 
 
 def _takes_words(hint: Any) -> bool:
@@ -347,6 +366,9 @@ def _contradictions(config: RunConfig) -> list[str]:
     lines = []
     if isinstance(config.cluster.rank_table, RankTable):
         lines.append("cluster.rank_table is a mapping: it is the path of a rank table's file.")
+    nodes, least = config.cluster.nodes, config.cluster.min_nodes
+    if nodes is not None and least is not None and least > nodes:
+        lines.append(f"cluster.min_nodes is {least}: the job has {nodes} nodes, not more.")
     if config.model.name_or_path is None and config.data.name_or_path is not None:
         lines.append("--dataset is given without --model. Name the model that is to be trained.")
     if config.data.name_or_path is None and config.model.name_or_path is not None:

@@ -28,13 +28,15 @@ from ftlaunch.launcher.config import RunConfig
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.ending import show_verdict, verdict_json
 from ftlaunch.launcher.npus import hccl_variables, with_rank_table
+from ftlaunch.launcher.opening import open_job
 from ftlaunch.launcher.output_folder import OWN_NAMES, OutputFolder, default_output_dir
 from ftlaunch.launcher.plan import LaunchPlan, halve_micro_batch, make_plan
-from ftlaunch.launcher.ranks import ADDRESS, PLAN_OF_RANKS, output_label, preparation, rank_starts
+from ftlaunch.launcher.ranks import PLAN_OF_RANKS, output_label, preparation, rank_starts
 from ftlaunch.launcher.recorder import Recorder
 from ftlaunch.launcher.rehearsal import Rehearsal, check_faults
 from ftlaunch.launcher.report import write_report
 from ftlaunch.launcher.restarts import Restart, RestartPolicy
+from ftlaunch.launcher.site import Site, find_site, orders_for, ways_to
 from ftlaunch.strategies.checkpoint.manifest import write_json
 from ftlaunch.strategies.data.demo import write_demo
 from ftlaunch.strategies.model_config import check_model_folder
@@ -72,14 +74,16 @@ class _Record:
 def show_plan(config: RunConfig, console: Console, *, mode: Mode = "train") -> int:
     """The dry run: print the plan, start nothing."""
     check_input(config)
+    site = find_site(config.cluster, os.environ)
     machine = detect_machine(os.environ)
     config = replace(config, cluster=with_rank_table(config.cluster, machine, os.environ))
-    output_dir = str(default_output_dir(config))
     plan = make_plan(
         config,
-        [machine] * config.cluster.nodes,
-        output_dir=output_dir,
+        [machine] * len(site.hosts),
+        site,
+        output_dir=str(default_output_dir(config)),
         mode=mode,
+        assumed=not site.is_one_machine,
     )
     console.plan([*machine.notes, *plan.describe()])
     console.say("dry run: nothing was started")
@@ -103,20 +107,30 @@ def run_job(
     """Run the job to its end; the exit code. UserError for what the user can mend."""
     timeline = Timeline(time.monotonic())
     check_input(config)
-    # A plan for machines like this one: most mistakes are found before anything is made or started.
-    machine = detect_machine(os.environ)
-    config = replace(config, cluster=with_rank_table(config.cluster, machine, os.environ))
+    site = find_site(config.cluster, os.environ)
     folder = default_output_dir(config)
-    machines = [machine] * config.cluster.nodes
-    plan = make_plan(config, machines, output_dir=str(folder), mode=mode)
+    machine = detect_machine(os.environ)
     rehearsal = rehearsal or Rehearsal(())
-    check_faults(rehearsal.faults, num_nodes=plan.num_nodes, world_size=plan.world_size)
-    need_descriptors(config.cluster.nodes)
+    if site.is_one_machine:
+        # Its plan is known already: most mistakes are found before anything is made or started.
+        table = with_rank_table(config.cluster, machine, os.environ)
+        machines = [machine] * len(site.hosts)
+        plan = make_plan(
+            replace(config, cluster=table), machines, site, output_dir=str(folder), mode=mode
+        )
+        check_faults(rehearsal.faults, num_nodes=plan.num_nodes, world_size=plan.world_size)
+    need_descriptors(len(site.hosts))
     if overwrite:
         _keep_input(config, folder)
     with OutputFolder(folder, overwrite=overwrite):
         config = prepare_demo(config) if config.is_demo else config
-        return _Job(config, folder, console, timeline, mode, machine, rehearsal).run()
+        return _Job(config, site, folder, console, timeline, mode, machine, rehearsal).run()
+
+
+def needed_paths(config: RunConfig) -> list[str]:
+    """The files and folders that every node has to have."""
+    names = (config.model.name_or_path, config.model.tokenizer, config.data.name_or_path)
+    return [name for name in names if name is not None and Path(name).is_absolute()]
 
 
 def _keep_input(config: RunConfig, folder: Path) -> None:
@@ -153,6 +167,7 @@ class _Job:
     def __init__(
         self,
         config: RunConfig,
+        site: Site,
         folder: Path,
         console: Console,
         timeline: Timeline,
@@ -161,6 +176,7 @@ class _Job:
         rehearsal: Rehearsal,
     ) -> None:
         self._config = config
+        self._site = site
         self._folder = folder
         self._console = console
         self._timeline = timeline
@@ -171,27 +187,42 @@ class _Job:
         self._policy = RestartPolicy(max_restarts=config.cluster.max_restarts)
 
     def run(self) -> int:
-        cluster = self._config.cluster
+        site, config = self._site, self._config
         with Coordinator(
-            [f"node{number}" for number in range(cluster.nodes)],
+            ways_to(site, os.environ),
+            orders_for(site, config.cluster, os.environ),
             log_dir=self._folder / "logs",
-            heartbeat_seconds=cluster.heartbeat_timeout_seconds,
         ) as coordinator:
-            # The nodes are this machine: what it needs is known before their agents have answered.
-            coordinator.prepare(preparation(self._plan([self._machine] * cluster.nodes)))
-            machines = coordinator.machines()
-            if coordinator.stop_requested:
+            opened = open_job(
+                coordinator,
+                site,
+                self._folder,
+                here=self._machine,
+                plan_for=self._plan,
+                preparation=preparation,
+                paths=needed_paths(config),
+            )
+            if opened is None:
                 self._console.say("stopped before anything was started")
                 return EXIT_INTERRUPTED if coordinator.hurried else EXIT_STOPPED
-            plan = self._plan(machines)
-            coordinator.prepare(preparation(plan))
-            self._console.plan([*_notes(machines), *plan.describe()])
+            plan, self._network = opened.plan, opened.network
+            check_faults(
+                self._rehearsal.faults, num_nodes=plan.num_nodes, world_size=plan.world_size
+            )
+            self._console.plan([*opened.notes, *plan.describe()])
             with Recorder(self._folder) as recorder:
                 outcome = self._attempts(plan, coordinator, recorder)
                 return self._finish(plan, outcome, recorder)
 
     def _plan(self, machines: Sequence[Machine]) -> LaunchPlan:
-        return make_plan(self._config, machines, output_dir=str(self._folder), mode=self._mode)
+        table = with_rank_table(self._config.cluster, machines[0], os.environ)
+        return make_plan(
+            replace(self._config, cluster=table),
+            machines,
+            self._site,
+            output_dir=str(self._folder),
+            mode=self._mode,
+        )
 
     # -- running ----------------------------------------------------------------------------
 
@@ -232,7 +263,7 @@ class _Job:
         port = 0
         if plan.world_size > 1:
             listens = not entry(plan.strategy).scheduler
-            port = coordinator.bind(ADDRESS, plan.cluster.port, listens=listens)
+            port = coordinator.bind(self._network.address, plan.cluster.port, listens=listens)
 
         def on_message(rank: int, payload: Mapping[str, Any]) -> None:
             try:
@@ -246,10 +277,14 @@ class _Job:
         coordinator.on_tick = lambda: self._rehearsal.tick(coordinator, self._timeline)
         timeout = plan.cluster.collective_timeout_seconds
         with hccl_variables(
-            self._machine, os.environ, timeout_seconds=timeout, port=port
+            self._machine,
+            os.environ,
+            timeout_seconds=timeout,
+            port=port,
+            is_here=self._site.is_one_machine,
         ) as variables:
             return coordinator.run(
-                rank_starts(plan, port, self._folder, variables),
+                rank_starts(plan, self._network, port, self._folder, variables),
                 on_message=on_message,
                 on_output=lambda rank, text: self._console.output(
                     text, output_label(plan.cluster, plan.hosts, rank)
@@ -399,7 +434,3 @@ class _Job:
         if self._mode == "train" or code != EXIT_DONE:
             return None
         return str(self._folder / "predictions.jsonl")
-
-
-def _notes(machines: Sequence[Machine]) -> list[str]:
-    return list(dict.fromkeys(note for machine in machines for note in machine.notes))

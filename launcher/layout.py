@@ -13,6 +13,7 @@ from ftlaunch.cluster.events import StartMethod
 from ftlaunch.cluster.machine import Machine
 from ftlaunch.launcher.config import ClusterOptions
 from ftlaunch.launcher.npus import npu_places, rank_table_path, refuse_busy
+from ftlaunch.launcher.site import Site
 
 # Set to nothing it leaves a job no device of that kind.
 _HIDING = {"cuda": "CUDA_VISIBLE_DEVICES", "ascend": "ASCEND_RT_VISIBLE_DEVICES"}
@@ -46,66 +47,74 @@ class HostPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """The ranks of a job, `devices` on each node."""
+    """The ranks of a job."""
 
     accelerator: str
-    num_nodes: int
-    devices: int
     threads_per_rank: int
     start_method: StartMethod
     hosts: tuple[HostPlan, ...]
 
     @property
     def world_size(self) -> int:
-        return self.num_nodes * self.devices
+        return sum(host.num_devices for host in self.hosts)
 
 
 def make_layout(
     cluster: ClusterOptions,
     machines: Sequence[Machine],
+    site: Site,
     reasons: list[Reason],
     *,
     assumed: bool = False,
     default_start: StartMethod,
 ) -> Layout:
-    """Decide where the ranks are, and add the reasons. UserError when they do not fit."""
-    accelerator = _one_accelerator(machines)
+    """Decide where the ranks are, and add the reasons. UserError when they do not fit.
+
+    machines   one for each host of the site
+    """
+    accelerator = _one_accelerator(site, machines)
     if accelerator == "ascend":
         # Forking after CANN has been loaded was never tried on hardware.
         default_start = "exec"
-    kind = _cluster_kind(cluster, reasons)
-    devices = _devices(cluster, machines, accelerator, reasons)
-    threads = _threads(machines[0], cluster.nodes * devices, reasons)
-    shared = kind == "local" and accelerator == "cuda" and cluster.nodes > 1
-    together = kind == "local"
+    reasons.append(Reason(choice="cluster", value=site.kind, why=site.why))
+    devices = _devices(cluster, machines, site, accelerator, reasons)
+    threads = _threads(machines, devices, site, reasons)
+    together = site.is_one_machine
+    shared = together and accelerator == "cuda" and len(machines) > 1
     npus = npu_places(cluster, machines, devices, accelerator, is_one_machine=together)
     refuse_busy(cluster, machines, npus)
     if path := rank_table_path(cluster):
-        ranks = cluster.nodes * devices
-        reasons.append(Reason(choice="rank table", value=f"{ranks} ranks", why=f"as in {path}"))
+        reasons.append(
+            Reason(choice="rank table", value=f"{sum(devices)} ranks", why=f"as in {path}")
+        )
     return Layout(
         accelerator=accelerator,
-        num_nodes=cluster.nodes,
-        devices=devices,
         threads_per_rank=threads,
         start_method=_start_method(cluster, default_start, reasons),
         hosts=tuple(
             HostPlan(
-                name=f"node{number}",
+                name=host.name,
                 accelerator=machine.accelerator,
                 device_name=machine.device_name,
-                num_devices=devices,
+                num_devices=count,
                 assumed=assumed and number > 0,
                 devices=(
-                    machine.device_ids[number * devices : (number + 1) * devices]
-                    if shared
-                    else None
+                    machine.device_ids[number * count : (number + 1) * count] if shared else None
                 ),
                 npus=npus[number],
             )
-            for number, machine in enumerate(machines)
+            for number, (host, machine, count) in enumerate(
+                zip(site.hosts, machines, devices, strict=True)
+            )
         ),
     )
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Lines of aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    lines = ["  ".join([*map(str.ljust, row[:-1], widths), row[-1]]) for row in rows]
+    return "\n".join(f"  {line}" for line in lines)
 
 
 def describe(hosts: Sequence[HostPlan], reasons: Sequence[Reason]) -> list[str]:
@@ -138,17 +147,13 @@ def _start_method(
     return method
 
 
-def _one_accelerator(machines: Sequence[Machine]) -> str:
+def _one_accelerator(site: Site, machines: Sequence[Machine]) -> str:
     kinds = {machine.accelerator for machine in machines}
     if len(kinds) > 1:
         rows = [("node", "host", "accelerator", "devices")]
-        for number, machine in enumerate(machines):
+        for host, machine in zip(site.hosts, machines, strict=True):
             has = f"{machine.num_devices} × {machine.device_name}"
-            rows.append((f"node{number}", machine.hostname, machine.accelerator, has))
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        table = "\n".join(
-            "  " + "  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows
-        )
+            rows.append((host.name, machine.hostname, machine.accelerator, has))
         hint = ""
         if "cpu" in kinds:
             hint = (
@@ -156,64 +161,93 @@ def _one_accelerator(machines: Sequence[Machine]) -> str:
                 "CUDA_VISIBLE_DEVICES and ASCEND_RT_VISIBLE_DEVICES."
             )
         raise UserError(
-            f"the nodes have different accelerators:\n{table}\nOne job runs on one kind: choose "
+            f"the nodes have different accelerators:\n{table(rows)}\nOne job runs on one kind: choose "
             f"hosts that are alike.{hint}"
         )
     return kinds.pop()
 
 
-def _cluster_kind(cluster: ClusterOptions, reasons: list[Reason]) -> str:
-    kind = cluster.kind
-    if kind in ("ssh", "slurm") or cluster.hostfile is not None:
-        wanted = kind if kind != "auto" else "--hostfile"
-        raise UserError(
-            f"{wanted}: this version of ftlaunch runs jobs on this machine only. Leave out "
-            "--hostfile and use --cluster local; --nodes N then plays N nodes as processes here."
-        )
-    nodes = cluster.nodes
-    why = "one node" if nodes == 1 else f"{nodes} nodes, played by processes of this machine"
-    reasons.append(Reason(choice="cluster", value="local", why=why))
-    return "local"
-
-
 def _devices(
+    cluster: ClusterOptions,
+    machines: Sequence[Machine],
+    site: Site,
+    accelerator: str,
+    reasons: list[Reason],
+) -> list[int]:
+    """Ranks on each node."""
+    if site.is_one_machine and accelerator != "cpu":
+        return [_shared_devices(cluster, machines, accelerator, reasons)] * len(machines)
+    counts = []
+    for host, machine in zip(site.hosts, machines, strict=True):
+        wanted = cluster.devices or host.slots
+        available = machine.num_devices
+        if accelerator != "cpu" and wanted is not None and wanted > available:
+            asked = f"--devices {wanted}" if cluster.devices else f"slots={wanted}"
+            raise UserError(
+                f"{asked} on {host.name}, which has {available} × {machine.device_name}: every rank "
+                f"needs one of its own. Use {available} or fewer."
+            )
+        counts.append(wanted or (available if accelerator != "cpu" else 1))
+    if cluster.devices is not None:
+        why = "as asked for"
+    elif any(host.slots for host in site.hosts):
+        why = "as many as each host has slots"
+    elif accelerator == "cpu":
+        why = "one rank a node on CPUs"
+    else:
+        why = "every one that a node has"
+    cores = machines[0].cpu_cores
+    ranks = sum(counts) if site.is_one_machine else max(counts)
+    if accelerator == "cpu" and ranks > cores:
+        why += f"; {ranks} ranks share {cores} cores"
+    value = str(counts[0]) if len(set(counts)) == 1 else ", ".join(map(str, counts))
+    reasons.append(Reason(choice="devices", value=value, why=why))
+    return counts
+
+
+def _shared_devices(
     cluster: ClusterOptions, machines: Sequence[Machine], accelerator: str, reasons: list[Reason]
 ) -> int:
-    """Ranks on each node."""
-    if accelerator == "cpu":
-        devices = cluster.devices or 1
-        ranks, cores = cluster.nodes * devices, machines[0].cpu_cores
-        why = "one rank a node on CPUs" if cluster.devices is None else "as asked for"
-        if ranks > cores:
-            why += f"; {ranks} ranks share {cores} cores"
-        reasons.append(Reason(choice="devices", value=str(devices), why=why))
-        return devices
-    # Nodes that are played on one machine share its accelerators: NCCL takes one rank for each.
+    """Nodes that are played on one machine share its accelerators: one rank for each."""
+    nodes = len(machines)
     available = machines[0].num_devices
-    share = available // cluster.nodes
+    share = available // nodes
     name = machines[0].device_name
     if share == 0:
         raise UserError(
-            f"{cluster.nodes} nodes on this machine would share {available} × {name}: every rank "
+            f"{nodes} nodes on this machine would share {available} × {name}: every rank "
             f"needs one of its own. Use --nodes {available} or fewer, or set "
             f"{_HIDING[accelerator]}= to run on the CPU."
         )
     if cluster.devices is not None and cluster.devices > share:
         raise UserError(
-            f"--devices {cluster.devices} on each of {cluster.nodes} nodes needs "
-            f"{cluster.devices * cluster.nodes} accelerators; this machine has {available} × {name}. "
+            f"--devices {cluster.devices} on each of {nodes} nodes needs "
+            f"{cluster.devices * nodes} accelerators; this machine has {available} × {name}. "
             f"Use --devices {share} or fewer."
         )
     devices = cluster.devices or share
-    why = (
-        "as asked for" if cluster.devices else f"{available} × {name} among {cluster.nodes} node(s)"
-    )
+    why = "as asked for" if cluster.devices else f"{available} × {name} among {nodes} node(s)"
     reasons.append(Reason(choice="devices", value=str(devices), why=why))
     return devices
 
 
-def _threads(machine: Machine, world_size: int, reasons: list[Reason]) -> int:
-    threads = max(1, machine.cpu_cores // world_size)
-    why = f"{machine.cpu_cores} cores among {world_size} rank(s) on this machine"
-    reasons.append(Reason(choice="threads", value=str(threads), why=why))
+def _threads(
+    machines: Sequence[Machine], devices: Sequence[int], site: Site, reasons: list[Reason]
+) -> int:
+    if site.is_one_machine:
+        cores, ranks, where = machines[0].cpu_cores, sum(devices), "on this machine"
+        threads = cores // ranks
+    else:
+        # The node with the fewest cores a rank: the others would wait for it.
+        threads, cores, ranks = min(
+            (machine.cpu_cores // count, machine.cpu_cores, count)
+            for machine, count in zip(machines, devices, strict=True)
+        )
+        where = "on a node"
+    threads = max(1, threads)
+    reasons.append(
+        Reason(
+            choice="threads", value=str(threads), why=f"{cores} cores among {ranks} rank(s) {where}"
+        )
+    )
     return threads

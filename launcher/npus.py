@@ -39,11 +39,17 @@ def rank_table_path(cluster: ClusterOptions) -> str | None:
 
 @contextmanager
 def hccl_variables(
-    machine: Machine, environ: Mapping[str, str], *, timeout_seconds: float, port: int
+    machine: Machine,
+    environ: Mapping[str, str],
+    *,
+    timeout_seconds: float,
+    port: int,
+    is_here: bool,
 ) -> Iterator[dict[str, str]]:
     """What the ranks of one host need for HCCL, none without NPUs; the ports are kept meanwhile.
 
-    port   of the rendezvous, which HCCL is not to take
+    port      of the rendezvous, which HCCL is not to take
+    is_here   the ranks run on this machine; else their ports are only known to be free here
     """
     if machine.accelerator != "ascend":
         yield {}
@@ -55,7 +61,7 @@ def hccl_variables(
         variables = host_variables(
             environ,
             base_port=base_port,
-            interface=find_interface(),
+            interface=find_interface() if is_here else None,
             timeout_seconds=timeout_seconds,
             has_infinity=machine.fast_bf16,
         )
@@ -71,7 +77,7 @@ def hccl_variables(
 def npu_places(
     cluster: ClusterOptions,
     machines: Sequence[Machine],
-    devices: int,
+    devices: Sequence[int],
     accelerator: str,
     *,
     is_one_machine: bool,
@@ -88,14 +94,14 @@ def npu_places(
         return [()] * len(machines)
     if not isinstance(table, RankTable):
         return [
-            tuple(range(first, first + devices))
-            for number in range(len(machines))
-            for first in [number * devices if is_one_machine else 0]
+            tuple(range(first, first + count))
+            for number, count in enumerate(devices)
+            for first in [number * count if is_one_machine else 0]
         ]
     if not is_one_machine:
-        return list(device_places(table, [(machine, devices) for machine in machines]))
-    [places] = device_places(table, [(machines[0], len(machines) * devices)])
-    return [places[first : first + devices] for first in range(0, len(places), devices)]
+        return list(device_places(table, list(zip(machines, devices, strict=True))))
+    [places] = device_places(table, [(machines[0], sum(devices))])
+    return [places[first : first + devices[0]] for first in range(0, len(places), devices[0])]
 
 
 def refuse_busy(

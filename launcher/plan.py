@@ -17,6 +17,7 @@ from ftlaunch.cluster.events import StartMethod
 from ftlaunch.cluster.machine import Machine, check_framework
 from ftlaunch.launcher.config import ClusterOptions, RunConfig
 from ftlaunch.launcher.layout import HostPlan, Reason, describe, make_layout
+from ftlaunch.launcher.site import Site
 from ftlaunch.strategies.data.tasks import load_task
 from ftlaunch.strategies.deepspeed_config import (
     Decided,
@@ -86,6 +87,7 @@ class LaunchPlan:
 def make_plan(
     config: RunConfig,
     machines: Sequence[Machine],
+    site: Site,
     *,
     output_dir: str,
     mode: Literal["train", "eval"] = "train",
@@ -99,7 +101,9 @@ def make_plan(
     """
     reasons: list[Reason] = []
     load_task(config.task)
-    layout = make_layout(config.cluster, machines, reasons, assumed=assumed, default_start="fork")
+    layout = make_layout(
+        config.cluster, machines, site, reasons, assumed=assumed, default_start="fork"
+    )
     accelerator, world_size = layout.accelerator, layout.world_size
     strategy = _strategy(config, machines, accelerator, reasons)
     _check_packages(strategy, machines)
@@ -126,7 +130,7 @@ def make_plan(
         strategy=strategy,
         precision=precision,
         accelerator=accelerator,
-        num_nodes=layout.num_nodes,
+        num_nodes=len(layout.hosts),
         world_size=world_size,
         global_batch_size=config.train.global_batch_size,
         micro_batch=micro_batch,

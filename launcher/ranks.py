@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ftlaunch.cluster.events import Prepare, RankStart
+from ftlaunch.cluster.gathering import Network
 from ftlaunch.cluster.hccl import rank_variables as hccl_rank_variables
 from ftlaunch.cluster.world import World
 from ftlaunch.launcher.config import ClusterOptions
@@ -23,27 +26,28 @@ from ftlaunch.strategies.mindspore_environment import (
 from ftlaunch.strategies.model_config import model_type_of
 from ftlaunch.strategies.registry import entry
 
-ADDRESS = "127.0.0.1"
 # Below logs/. It becomes the folder's plan.json once the ranks have seen that the job is the folder's.
 PLAN_OF_RANKS = "plan-of-ranks.json"
 
 
-def worlds(hosts: Sequence[HostPlan], devices: int, port: int) -> Iterator[list[World]]:
+def worlds(hosts: Sequence[HostPlan], address: str, port: int) -> Iterator[list[World]]:
     """The ranks of each node: rank numbers rise node by node."""
-    for node in range(len(hosts)):
+    first = 0
+    for node, host in enumerate(hosts):
         yield [
             World(
-                rank=node * devices + local_rank,
-                size=len(hosts) * devices,
+                rank=first + local_rank,
+                size=sum(each.num_devices for each in hosts),
                 local_rank=local_rank,
-                local_size=devices,
+                local_size=host.num_devices,
                 node_rank=node,
                 num_nodes=len(hosts),
-                master_address=ADDRESS,
+                master_address=address,
                 master_port=port,
             )
-            for local_rank in range(devices)
+            for local_rank in range(host.num_devices)
         ]
+        first += host.num_devices
 
 
 def log_path(folder: Path, rank: int) -> str:
@@ -69,7 +73,7 @@ def preparation(plan: LaunchPlan) -> Prepare:
 
 
 def rank_starts(
-    plan: LaunchPlan, port: int, folder: Path, hccl: Mapping[str, str]
+    plan: LaunchPlan, network: Network, port: int, folder: Path, hccl: Mapping[str, str]
 ) -> list[list[RankStart]]:
     """The ranks of each node, and on node 0 what they meet at where that is a process of its own.
 
@@ -77,7 +81,7 @@ def rank_starts(
     """
     scheduled = entry(plan.strategy).scheduler and plan.world_size > 1
     timeout = plan.cluster.collective_timeout_seconds
-    all_worlds = list(worlds(plan.hosts, plan.hosts[0].num_devices, port))
+    all_worlds = list(worlds(plan.hosts, network.address, port))
     starts = [
         [
             RankStart(
@@ -88,6 +92,7 @@ def rank_starts(
                 env={
                     **world.to_environment(),
                     **device_environment(host),
+                    **interface_environment(interface, os.environ),
                     **(rank_variables(world, timeout_seconds=timeout) if scheduled else {}),
                     **_npu_environment(plan, host, world, hccl),
                 },
@@ -98,7 +103,7 @@ def rank_starts(
             )
             for world in ranks
         ]
-        for host, ranks in zip(plan.hosts, all_worlds, strict=True)
+        for host, ranks, interface in zip(plan.hosts, all_worlds, network.interfaces, strict=True)
     ]
     if scheduled:
         scheduler = RankStart(
@@ -124,7 +129,9 @@ def output_label(cluster: ClusterOptions, hosts: Sequence[HostPlan], rank: int) 
     """What stands before a line that a rank has printed."""
     if cluster.show_output != "all":
         return ""
-    return f"[{hosts[rank // hosts[0].num_devices].name}:{rank}] "
+    ends = itertools.accumulate(host.num_devices for host in hosts)
+    name = next(host.name for host, end in zip(hosts, ends, strict=True) if rank < end)
+    return f"[{name}:{rank}] "
 
 
 def _npu_environment(
@@ -144,6 +151,22 @@ def device_environment(host: HostPlan) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(host.devices)}
 
 
+def interface_environment(interface: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """By which interface a node's ranks talk to the others; what the user has set stays as it is.
+
+    Without it each of these libraries guesses, gloo by the address of the host's name, which is
+    often one that only the host itself can reach.
+    """
+    if not interface:
+        return {}
+    names = ["GLOO_SOCKET_IFNAME"]
+    if interface != "lo":
+        # "=": this one, not all whose names begin so.
+        names += ["NCCL_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME"]
+    prefix = {"NCCL_SOCKET_IFNAME": "=", "HCCL_SOCKET_IFNAME": "="}
+    return {name: prefix.get(name, "") + interface for name in names if name not in environ}
+
+
 def rank_environment(plan: LaunchPlan) -> dict[str, str]:
     """Every variable that all ranks are given, and why."""
     threads = str(plan.threads_per_rank)
@@ -157,8 +180,6 @@ def rank_environment(plan: LaunchPlan) -> dict[str, str]:
         # A thread that waits for another spins for a moment, not for the 300,000 rounds of libgomp:
         # beside other work it burns the core that the slower one needs (steps 3 to 20 times as long).
         "GOMP_SPINCOUNT": "20000",
-        # All ranks are on this machine; its host name may resolve to an address that is not.
-        "GLOO_SOCKET_IFNAME": "lo",
         # Counting GPUs must not call the driver in the process that ranks are forked from.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         # Logs are files.

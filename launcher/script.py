@@ -11,6 +11,7 @@ import faulthandler
 import importlib.machinery
 import os
 import runpy
+import signal
 import sys
 import traceback
 import types
@@ -30,6 +31,9 @@ def main() -> int:
     name_process(f"rank-{os.environ['RANK']}")
     faulthandler.enable()
     answer_stack_signal()
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        # Ignored by what has started it. A script may expect them to be as in a shell.
+        signal.signal(number, signal.SIG_DFL)
     pipe = RankPipe.from_environment()
     ending = _Ending(pipe)
     if (numpy_random := sys.modules.get("numpy.random")) is not None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from ftlaunch.launcher.config import RunConfig
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.ending import show_verdict, verdict_json
 from ftlaunch.launcher.npus import with_rank_table
+from ftlaunch.launcher.opening import open_job
 from ftlaunch.launcher.output_folder import OutputFolder, default_output_dir
-from ftlaunch.launcher.ranks import ADDRESS, output_label
+from ftlaunch.launcher.ranks import output_label
 from ftlaunch.launcher.rehearsal import Rehearsal, check_faults
 from ftlaunch.launcher.restarts import Restart, RestartPolicy
 from ftlaunch.launcher.script_plan import (
@@ -39,6 +41,7 @@ from ftlaunch.launcher.script_plan import (
     preparation,
     script_starts,
 )
+from ftlaunch.launcher.site import Site, find_site, orders_for, ways_to
 from ftlaunch.strategies.checkpoint.manifest import write_json
 
 # Ranks seldom end at the very same moment: only after so long is it worth a word.
@@ -48,8 +51,10 @@ _UNEVEN_SECONDS = 10.0
 def show_script_plan(config: RunConfig, script: Script, console: Console) -> int:
     """The dry run: print the plan, start nothing."""
     check_script(script)
+    site = find_site(config.cluster, os.environ)
     machine = detect_machine(os.environ)
-    console.plan([*machine.notes, *_plan(config, script, [machine]).describe()])
+    plan = _plan(config, site, script, [machine] * len(site.hosts), not site.is_one_machine)
+    console.plan([*machine.notes, *plan.describe()])
     console.say("dry run: nothing was started")
     return EXIT_DONE
 
@@ -65,15 +70,12 @@ def run_script(
     """Run the script on every rank; its exit code, or ours. UserError for what the user can mend."""
     timeline = Timeline(time.monotonic())
     check_script(script)
-    plan = _plan(config, script, [detect_machine(os.environ)])
+    site = find_site(config.cluster, os.environ)
+    machine = detect_machine(os.environ)
     rehearsal = rehearsal or Rehearsal(())
-    check_faults(
-        rehearsal.faults,
-        num_nodes=plan.num_nodes,
-        world_size=plan.world_size,
-        has_steps=False,
-    )
-    need_descriptors(plan.num_nodes)
+    if site.is_one_machine:
+        _check(_plan(config, site, script, [machine] * len(site.hosts)), rehearsal)
+    need_descriptors(len(site.hosts))
     folder = default_output_dir(config)
     if (folder / "metrics.jsonl").exists() and not overwrite:
         raise UserError(
@@ -81,16 +83,33 @@ def run_script(
             "would replace. Choose another with --output-dir."
         )
     with OutputFolder(folder, overwrite=overwrite):
-        return _ScriptJob(plan, folder, console, timeline, rehearsal).run()
+        return _ScriptJob(config, site, script, folder, console, timeline, rehearsal, machine).run()
 
 
-def _plan(config: RunConfig, script: Script, machines: list[Machine]) -> ScriptPlan:
+def _check(plan: ScriptPlan, rehearsal: Rehearsal) -> None:
+    check_faults(
+        rehearsal.faults,
+        num_nodes=plan.num_nodes,
+        world_size=plan.world_size,
+        has_steps=False,
+    )
+
+
+def _plan(
+    config: RunConfig,
+    site: Site,
+    script: Script,
+    machines: Sequence[Machine],
+    assumed: bool = False,
+) -> ScriptPlan:
     return make_script_plan(
         with_rank_table(config.cluster, machines[0], os.environ),
-        machines * config.cluster.nodes if len(machines) == 1 else machines,
+        machines,
+        site,
         script,
         working_dir=str(Path.cwd()),
         preload=imports_of(script),
+        assumed=assumed,
     )
 
 
@@ -99,37 +118,56 @@ class _ScriptJob:
 
     def __init__(
         self,
-        plan: ScriptPlan,
+        config: RunConfig,
+        site: Site,
+        script: Script,
         folder: Path,
         console: Console,
         timeline: Timeline,
         rehearsal: Rehearsal,
+        machine: Machine,
     ) -> None:
-        self._plan = plan
+        self._config = config
+        self._site = site
+        self._script = script
         self._folder = folder
         self._console = console
         self._timeline = timeline
         self._rehearsal = rehearsal
-        self._policy = RestartPolicy(max_restarts=plan.cluster.max_restarts)
+        self._machine = machine
+        self._policy = RestartPolicy(max_restarts=config.cluster.max_restarts)
         self._restarts = 0
         self._uneven_since: float | None = None
         self._told_uneven = False
         self._log_bytes = -1
 
     def run(self) -> int:
-        plan = self._plan
+        site, config = self._site, self._config
         with Coordinator(
-            [host.name for host in plan.hosts],
+            ways_to(site, os.environ),
+            orders_for(site, config.cluster, os.environ),
             log_dir=self._folder / "logs",
-            heartbeat_seconds=plan.cluster.heartbeat_timeout_seconds,
         ) as coordinator:
-            coordinator.prepare(preparation(plan, os.environ))
-            coordinator.machines()
-            if coordinator.stop_requested:
+            paths = [str(Path.cwd())]
+            if self._script.kind == "path":
+                paths.append(str(Path(self._script.target).absolute()))
+            opened = open_job(
+                coordinator,
+                site,
+                self._folder,
+                here=self._machine,
+                plan_for=lambda machines: _plan(config, site, self._script, machines),
+                preparation=lambda plan: preparation(plan, os.environ),
+                paths=paths,
+            )
+            if opened is None:
                 self._console.say("stopped before the script was started")
                 return EXIT_INTERRUPTED
+            plan = self._plan = opened.plan
+            self._network = opened.network
+            _check(plan, self._rehearsal)
             write_json(self._folder / "plan.json", plan.to_json())
-            self._console.plan(plan.describe())
+            self._console.plan([*opened.notes, *plan.describe()])
             outcome = run_attempts(
                 coordinator,
                 self._policy,
@@ -152,7 +190,7 @@ class _ScriptJob:
 
     def _attempt(self, coordinator: Coordinator) -> Outcome:
         plan = self._plan
-        port = coordinator.bind(ADDRESS, plan.cluster.port)
+        port = coordinator.bind(self._network.address, plan.cluster.port)
         coordinator.allowance = None
         coordinator.on_tick = lambda: self._tick(coordinator)
         self._uneven_since = None
@@ -160,7 +198,7 @@ class _ScriptJob:
         self._log_bytes = -1
         self._timeline.add(f"{plan.world_size} ranks start")
         return coordinator.run(
-            script_starts(plan, port, self._folder, restart=self._restarts),
+            script_starts(plan, self._network, port, self._folder, restart=self._restarts),
             on_message=lambda rank, payload: None,
             on_output=lambda rank, text: self._console.output(
                 text, output_label(plan.cluster, plan.hosts, rank)

@@ -11,15 +11,18 @@ from typing import Any, Literal
 
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.events import Prepare, RankStart, StartMethod
+from ftlaunch.cluster.gathering import Network
 from ftlaunch.cluster.machine import Machine
 from ftlaunch.launcher.config import ClusterOptions
 from ftlaunch.launcher.layout import HostPlan, Reason, describe, make_layout
 from ftlaunch.launcher.ranks import (
     device_environment,
+    interface_environment,
     log_path,
     shows_output,
     worlds,
 )
+from ftlaunch.launcher.site import Site
 
 # Slow to import, and known to bear a fork: what a script imports of these, its fork server does.
 _PRELOADED = (
@@ -71,21 +74,23 @@ class ScriptPlan:
 def make_script_plan(
     cluster: ClusterOptions,
     machines: Sequence[Machine],
+    site: Site,
     script: Script,
     *,
     working_dir: str,
     preload: tuple[str, ...],
+    assumed: bool = False,
 ) -> ScriptPlan:
     """UserError when the ranks do not fit the machines."""
     name = script.target if script.kind == "path" else f"-m {script.target}"
     reasons = [Reason(choice="script", value=name, why=f"in {working_dir}")]
-    layout = make_layout(cluster, machines, reasons, default_start="exec")
+    layout = make_layout(cluster, machines, site, reasons, assumed=assumed, default_start="exec")
     return ScriptPlan(
         script=script,
         cluster=cluster,
         working_dir=working_dir,
         accelerator=layout.accelerator,
-        num_nodes=layout.num_nodes,
+        num_nodes=len(layout.hosts),
         world_size=layout.world_size,
         threads_per_rank=layout.threads_per_rank,
         start_method=layout.start_method,
@@ -134,9 +139,9 @@ def imports_of(script: Script) -> tuple[str, ...]:
 
 def preparation(plan: ScriptPlan, environ: Mapping[str, str]) -> Prepare:
     """What every rank finds in its environment; what the user has set stays as it is."""
-    env = {"OMP_NUM_THREADS": str(plan.threads_per_rank), "GLOO_SOCKET_IFNAME": "lo"}
-    env = {name: value for name, value in env.items() if name not in environ}
-    env |= {"PYTHONUNBUFFERED": "1"}
+    env = {"PYTHONUNBUFFERED": "1"}
+    if "OMP_NUM_THREADS" not in environ:
+        env["OMP_NUM_THREADS"] = str(plan.threads_per_rank)
     if plan.start_method == "fork":
         # Counting GPUs must not call the driver in the process that ranks are forked from, and a
         # pool of threads would not survive a fork.
@@ -150,12 +155,13 @@ def preparation(plan: ScriptPlan, environ: Mapping[str, str]) -> Prepare:
 
 
 def script_starts(
-    plan: ScriptPlan, port: int, folder: Path, *, restart: int
+    plan: ScriptPlan, network: Network, port: int, folder: Path, *, restart: int
 ) -> list[list[RankStart]]:
     """The ranks of each node, and on node 0 the store that they meet at."""
     starts = []
-    devices = plan.hosts[0].num_devices
-    for host, ranks in zip(plan.hosts, worlds(plan.hosts, devices, port), strict=True):
+    for host, ranks, interface in zip(
+        plan.hosts, worlds(plan.hosts, network.address, port), network.interfaces, strict=True
+    ):
         starts.append(
             [
                 RankStart(
@@ -167,6 +173,7 @@ def script_starts(
                         **world.to_environment(),
                         **_torchrun_variables(plan, world.rank, restart),
                         **device_environment(host),
+                        **interface_environment(interface, os.environ),
                     },
                     working_dir=plan.working_dir,
                     log_path=log_path(folder, world.rank),

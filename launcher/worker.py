@@ -36,6 +36,9 @@ class StopFlag:
         self._requested = False
         self.ends_at_once = True
         signal.signal(signal.SIGTERM, self._request)
+        # A scheduler's announcement: the coordinator hears of it, and asks all ranks to stop.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         # Ctrl-C at the terminal is the coordinator's to handle.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -10,6 +10,7 @@ import pytest
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.launcher.config import load_config
 from ftlaunch.launcher.plan import make_plan
+from ftlaunch.launcher.site import find_site
 from ftlaunch.strategies.deepspeed_config import make_deepspeed_config
 from ftlaunch.strategies.options import DeepSpeedOptions, TrainOptions
 from tests.jobs import assert_mistake, ftlaunch
@@ -56,7 +57,8 @@ def _plan(config, *overrides, machine=CPU, strategy="auto", precision="fp32", no
     loaded = load_config(file=None, flags=flags, overrides=list(overrides))
     deepspeed = replace(loaded.deepspeed, config=config)
     machines = (machine,) * nodes
-    return make_plan(replace(loaded, deepspeed=deepspeed), machines, output_dir="out")
+    site = find_site(loaded.cluster, {})
+    return make_plan(replace(loaded, deepspeed=deepspeed), machines, site, output_dir="out")
 
 
 def test_a_configuration_for_the_trainer_is_taken_as_it_is():

@@ -29,7 +29,8 @@ from ftlaunch.launcher.config import (
 )
 from ftlaunch.launcher.output_folder import OWN_NAMES
 from ftlaunch.launcher.plan import make_plan
-from ftlaunch.launcher.ranks import device_environment, rank_environment
+from ftlaunch.launcher.ranks import device_environment, interface_environment, rank_environment
+from ftlaunch.launcher.site import find_site
 from ftlaunch.strategies.base import TensorSlice
 from ftlaunch.strategies.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -204,9 +205,16 @@ def test_documented_flags_of_merge() -> None:
 def test_documented_variables_of_a_rank(tmp_path: Path) -> None:
     """What a rank's environment gets, and the two that its agent adds."""
     machine = detect_machine({"CUDA_VISIBLE_DEVICES": "", "ASCEND_RT_VISIBLE_DEVICES": ""})
-    plan = make_plan(RunConfig(), [machine], output_dir=str(tmp_path))
+    config = RunConfig()
+    site = find_site(config.cluster, {})
+    plan = make_plan(config, [machine], site, output_dir=str(tmp_path))
     host = replace(plan.hosts[0], devices=("GPU-1",))
-    given = {**rank_environment(plan), **device_environment(host), **World.alone().to_environment()}
+    given = {
+        **rank_environment(plan),
+        **device_environment(host),
+        **interface_environment("eth0", {}),
+        **World.alone().to_environment(),
+    }
     paragraph = _section("docs/configuration.md", "Environment").rpartition("\n\n")[2]
     documented = {code for code in _code(paragraph) if code.isupper()}
     assert documented == {*given, EVENT_FD_VARIABLE, LISTEN_FD_VARIABLE}

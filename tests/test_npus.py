@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.cluster.gathering import Network
 from ftlaunch.cluster.machine import Machine
 from ftlaunch.cluster.rank_table import RankTable, TableServer
 from ftlaunch.launcher.config import ClusterOptions, load_config
@@ -22,6 +23,7 @@ from ftlaunch.launcher.npus import (
 )
 from ftlaunch.launcher.plan import LaunchPlan, make_plan
 from ftlaunch.launcher.ranks import rank_starts
+from ftlaunch.launcher.site import find_site
 from tests.hosts import play
 from tests.jobs import ftlaunch, said
 from tests.test_plan import CPU, GPU
@@ -45,7 +47,8 @@ TABLE = RankTable(
 
 def _hosts(*machines: Machine, **cluster) -> tuple[HostPlan, ...]:
     options = ClusterOptions(nodes=len(machines), **cluster)
-    return make_layout(options, machines, [], default_start="fork").hosts
+    site = find_site(options, {})
+    return make_layout(options, machines, site, [], default_start="fork").hosts
 
 
 # -- places -------------------------------------------------------------------------------------
@@ -58,7 +61,7 @@ def test_nodes_of_one_machine_count_its_npus_through():
 
 
 def test_hosts_of_their_own_begin_at_0():
-    assert npu_places(ClusterOptions(), [NPU, NPU], 3, "ascend", is_one_machine=False) == [
+    assert npu_places(ClusterOptions(), [NPU, NPU], [3, 3], "ascend", is_one_machine=False) == [
         (0, 1, 2),
         (0, 1, 2),
     ]
@@ -76,7 +79,8 @@ def test_a_rank_table_gives_the_places():
 
 def test_a_rank_table_is_among_the_reasons():
     reasons: list[Reason] = []
-    make_layout(ClusterOptions(devices=2, rank_table=TABLE), [NPU], reasons, default_start="fork")
+    options = ClusterOptions(devices=2, rank_table=TABLE)
+    make_layout(options, [NPU], find_site(options, {}), reasons, default_start="fork")
     assert Reason(choice="rank table", value="2 ranks", why="as in table.json") in reasons
 
 
@@ -182,7 +186,8 @@ def test_the_content_is_not_written_into_a_configuration():
 
 
 def test_a_plan_with_a_rank_table_survives_json(tmp_path):
-    plan = make_plan(load_config(file=None, flags={}, overrides=[]), [CPU], output_dir="out")
+    config = load_config(file=None, flags={}, overrides=[])
+    plan = make_plan(config, [CPU], find_site(config.cluster, {}), output_dir="out")
     hosts = (replace(plan.hosts[0], npus=(3, 1)),)
     plan = replace(plan, cluster=ClusterOptions(rank_table=TABLE), hosts=hosts)
     path = tmp_path / "plan.json"
@@ -221,7 +226,7 @@ def test_exit_code_2_and_no_traceback(tmp_path, recording, words, message):
 
 def _plan_on(*machines: Machine, **flags) -> LaunchPlan:
     config = load_config(file=None, flags={"nodes": len(machines), **flags}, overrides=[])
-    return make_plan(config, machines, output_dir="out")
+    return make_plan(config, machines, find_site(config.cluster, {}), output_dir="out")
 
 
 COMPLETE = {
@@ -265,8 +270,9 @@ def test_what_an_ascend_host_lacks_is_told(lacking, word):
 def test_ranks_on_npus_find_their_device_and_hccl(tmp_path):
     plan = _plan_on(NEW, NEW)
     devices = plan.hosts[0].num_devices
-    with hccl_variables(NEW, {}, timeout_seconds=300, port=25000) as hccl:
-        starts = rank_starts(plan, 25000, tmp_path, hccl)
+    here = Network(address="127.0.0.1", interfaces=("lo", "lo"))
+    with hccl_variables(NEW, {}, timeout_seconds=300, port=25000, is_here=True) as hccl:
+        starts = rank_starts(plan, here, 25000, tmp_path, hccl)
     scheduler, *first = starts[0]
     assert (scheduler.rank, scheduler.env["MS_ROLE"]) == (-1, "MS_SCHED")
     assert scheduler.env["RANK_TABLE_FILE"] == ""
@@ -282,10 +288,10 @@ def test_ranks_on_npus_find_their_device_and_hccl(tmp_path):
 
 def test_saturation_is_not_the_users_to_choose():
     environ = {"MS_ASCEND_CHECK_OVERFLOW_MODE": "SATURATION_MODE"}
-    with hccl_variables(NEW, environ, timeout_seconds=300, port=25000) as hccl:
+    with hccl_variables(NEW, environ, timeout_seconds=300, port=25000, is_here=True) as hccl:
         assert hccl["MS_ASCEND_CHECK_OVERFLOW_MODE"] == "INFNAN_MODE"
 
 
 def test_on_cpus_there_is_nothing_of_hccl():
-    with hccl_variables(CPU, {}, timeout_seconds=300, port=25000) as hccl:
+    with hccl_variables(CPU, {}, timeout_seconds=300, port=25000, is_here=True) as hccl:
         assert hccl == {}

@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.cluster.gathering import Network
 from ftlaunch.cluster.machine import Machine
 from ftlaunch.launcher.config import load_config
 from ftlaunch.launcher.plan import LaunchPlan, make_plan
 from ftlaunch.launcher.ranks import rank_starts
+from ftlaunch.launcher.site import find_site
 
 CPU = Machine(
     hostname="here",
@@ -37,11 +39,15 @@ GPU = replace(
 )
 
 
+HERE = Network(address="127.0.0.1", interfaces=("lo", "lo"))
+
+
 def _plan(*machines, **flags):
     overrides = flags.pop("overrides", [])
     config = load_config(file=None, flags=flags, overrides=overrides)
-    machines = machines or (CPU,) * config.cluster.nodes
-    return make_plan(config, machines, output_dir="out")
+    site = find_site(config.cluster, {})
+    machines = machines or (CPU,) * len(site.hosts)
+    return make_plan(config, machines, site, output_dir="out")
 
 
 def test_four_nodes_on_one_cpu_machine():
@@ -94,7 +100,7 @@ def test_automatic_precision(machine, precision):
 def test_nodes_share_the_gpus_by_name(tmp_path):
     plan = _plan(GPU, GPU, nodes=2)
     assert plan.world_size == 4
-    starts = rank_starts(plan, 20000, tmp_path, {})
+    starts = rank_starts(plan, HERE, 20000, tmp_path, {})
     seen = [[rank.env["CUDA_VISIBLE_DEVICES"] for rank in ranks] for ranks in starts]
     assert seen == [["GPU-7,GPU-5"] * 2, ["GPU-3,GPU-1"] * 2]
     assert [[rank.env["LOCAL_RANK"] for rank in ranks] for ranks in starts] == [["0", "1"]] * 2

@@ -1,0 +1,106 @@
+"""Whether the nodes of a job fit together, from what their agents have said. Pure.
+
+Every job on more than one machine is checked so before its ranks start; `ftlaunch doctor` shows all
+of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ftlaunch.cluster.errors import UserError
+from ftlaunch.cluster.gathering import Inspection
+from ftlaunch.cluster.machine import Machine
+from ftlaunch.launcher.layout import table
+from ftlaunch.launcher.site import Site
+
+# Ranks that differ in one of these compute something else, or do not understand each other.
+_MUST_AGREE = ("torch", "torch_cuda", "mindspore", "deepspeed", "transformers", "mindone")
+_SHOULD_AGREE = ("driver", "cann", "datasets")
+_MAX_SECONDS_APART = 2.0
+_LITTLE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """Something that is not as it should be; `fatal`: a job would fail, or come out wrong."""
+
+    fatal: bool
+    text: str
+
+
+def refuse(findings: Sequence[Finding]) -> list[str]:
+    """UserError with all that is fatal; else the rest, as notes."""
+    fatal = [finding.text for finding in findings if finding.fatal]
+    if fatal:
+        raise UserError("\n".join(fatal))
+    return [finding.text for finding in findings]
+
+
+def compare_machines(site: Site, machines: Sequence[Machine]) -> list[Finding]:
+    """What differs between the nodes."""
+    findings = []
+    pythons = [".".join(machine.versions.get("python", "?").split(".")[:2]) for machine in machines]
+    for name, values, fatal in [
+        ("python", pythons, True),
+        ("ftlaunch (its code)", [machine.code_fingerprint for machine in machines], True),
+        *((n, [m.versions.get(n, "none") for m in machines], True) for n in _MUST_AGREE),
+        *((n, [m.versions.get(n, "none") for m in machines], False) for n in _SHOULD_AGREE),
+    ]:
+        if len(set(values)) > 1:
+            rows = [(host.name, value) for host, value in zip(site.hosts, values, strict=True)]
+            remedy = (
+                "Install the same on all of them, best in a folder that they share."
+                if fatal
+                else "That may be intended."
+            )
+            findings.append(
+                Finding(
+                    fatal=fatal,
+                    text=f"the nodes have different versions of {name}:\n{table(rows)}\n{remedy}",
+                )
+            )
+    return findings
+
+
+def judge_inspections(site: Site, folder: str, inspections: Sequence[Inspection]) -> list[Finding]:
+    """What is missing on a node, and whether all of them and we share the output folder."""
+    findings = []
+    for host, each in zip(site.hosts, inspections, strict=True):
+        found = each.found
+        if found.free_bytes is None or not found.sees_token:
+            findings.append(_unshared(host.name, folder, "does not see what this machine wrote"))
+        elif found.unwritable:
+            text = (
+                f"{host.name} cannot write to the output folder {folder}: {found.unwritable}. Every "
+                "rank writes its log and its part of a checkpoint there: correct its permissions, or "
+                "choose another with --output-dir."
+            )
+            findings.append(Finding(fatal=True, text=text))
+        elif not each.is_seen:
+            findings.append(_unshared(host.name, folder, "writes what this machine does not see"))
+        elif found.free_bytes < _LITTLE_BYTES:
+            text = f"{host.name}: {found.free_bytes / 1e6:,.0f} MB are free in {folder}"
+            findings.append(Finding(fatal=False, text=text))
+        for path, why in found.missing.items():
+            text = (
+                f"{path} cannot be read on {host.name}: {why}. Every node needs it under the same "
+                "path: put it into a folder that they share."
+            )
+            findings.append(Finding(fatal=True, text=text))
+        if abs(each.seconds_ahead) > _MAX_SECONDS_APART:
+            text = (
+                f"the clock of {host.name} is {each.seconds_ahead:+.0f} s off this machine's: times "
+                "in logs will not agree"
+            )
+            findings.append(Finding(fatal=False, text=text))
+    return findings
+
+
+def _unshared(host: str, folder: str, what: str) -> Finding:
+    text = (
+        f"the output folder {folder} is not shared: {host} {what} there. Checkpoints are written by "
+        "all nodes into one folder: choose one on a file system that they share, with --output-dir."
+    )
+    return Finding(fatal=True, text=text)
