@@ -25,6 +25,7 @@ _IN_BOTH = (
     "test_console.py",
     "test_events.py",
     "test_hccl.py",
+    "test_hosts.py",
     "test_metrics.py",
     "test_mindspore_bad_input.py",
     "test_model_folder.py",
