@@ -20,6 +20,7 @@ HAS_MINDSPORE = importlib.util.find_spec("mindspore") is not None
 _FOLDER = Path(__file__).parent
 # Tests of shared code that need no torch.
 _IN_BOTH = (
+    "test_addresses.py",
     "test_ascend.py",
     "test_batches.py",
     "test_console.py",
