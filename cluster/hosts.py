@@ -167,7 +167,7 @@ def _of_line(place: _Place, line: str) -> Iterator[Host]:
         elif slots is None or number < slots:
             raise place.wrong(
                 f"max_slots is {number}, but slots is {'not given' if slots is None else slots}",
-                "max_slots is at least slots, which stand before it",
+                "it stands beside slots, and is no less",
                 f"Write slots={number}.",
             )
     for host in _expand(place, word):
