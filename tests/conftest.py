@@ -20,11 +20,13 @@ HAS_MINDSPORE = importlib.util.find_spec("mindspore") is not None
 _FOLDER = Path(__file__).parent
 # Tests of shared code that need no torch.
 _IN_BOTH = (
+    "test_addresses.py",
     "test_ascend.py",
     "test_batches.py",
     "test_console.py",
     "test_events.py",
     "test_hccl.py",
+    "test_hosts.py",
     "test_metrics.py",
     "test_mindspore_bad_input.py",
     "test_model_folder.py",
