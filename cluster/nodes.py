@@ -78,13 +78,13 @@ class Nodes:
                 kill_exactly(process)
 
     def replace_lost(self) -> list[int]:
-        """Start an agent anew where one is gone; the nodes whose agents have yet to say hello."""
-        for number, node in enumerate(self._nodes):
-            if node.lost:
-                node.process.kill()
-                self._end(node, time.monotonic())
-                self._nodes[number] = self._start(number)
-        return [number for number, node in enumerate(self._nodes) if not node.greeted]
+        """Start an agent anew where one is gone; of which nodes."""
+        lost = [number for number, node in enumerate(self._nodes) if node.lost is not None]
+        for number in lost:
+            self._nodes[number].process.kill()
+            self._end(self._nodes[number], time.monotonic())
+            self._nodes[number] = self._start(number)
+        return lost
 
     def _start(self, number: int) -> Node:
         node = start_agent(
