@@ -49,7 +49,7 @@ class PlayedHost:
             self._holder.wait()
             self._holder.stdout.close()
             raise OSError(f"host {name}: {said.strip()}")
-        self._namespace = os.readlink(f"/proc/{self.pid}/ns/uts")
+        self._namespace = _namespace_of(self.pid)
 
     @property
     def pid(self) -> int:
@@ -137,9 +137,13 @@ def _processes_in(namespace: str) -> list[int]:
     for entry in Path("/proc").iterdir():
         # Of a process that has ended, reaped or not, there is no namespace to read.
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and os.readlink(entry / "ns" / "uts") == namespace:
+            if entry.name.isdigit() and _namespace_of(int(entry.name)) == namespace:
                 found.append(int(entry.name))
     return found
+
+
+def _namespace_of(pid: int) -> str:
+    return str(Path(f"/proc/{pid}/ns/uts").readlink())
 
 
 # Tests that are killed run no clean-up.

@@ -163,7 +163,7 @@ class SlurmBed:
     def revive_node(self, name: str) -> None:
         """Start the slurmd of a killed node, as after a reboot."""
         self.hosts[name].start_daemon(
-            "slurmd", "-D", "-N", name, "-f", self.folder / "slurm.conf", log=self._log
+            "slurmd", "-D", "-N", name, "-f", self.folder / "daemons.conf", log=self._log
         )
 
     def freeze_node(self, name: str) -> None:
@@ -191,28 +191,31 @@ class SlurmBed:
         key.write_bytes(secrets.token_bytes(128))
         for name in ("state", "spool"):
             (self.folder / name).mkdir()
-        addresses = [f"127.0.0.1{n} n{n}" for n in range(1, len(NODES) + 1)]
-        lines = ["127.0.0.1 localhost", "127.0.0.10 ctl", *addresses]
-        (self.folder / "hosts").write_text("".join(f"{line}\n" for line in lines))
-        (self.folder / "slurm.conf").write_text(self._configuration())
+        # One address for all: srun listens on that of its host, and nodes see it come from this one.
+        (self.folder / "hosts").write_text(f"127.0.0.1 localhost ctl {' '.join(NODES)}\n")
+        configuration = self._configuration()
+        (self.folder / "slurm.conf").write_text(configuration)
+        # Daemons listen on the loopback only. For clients that would be wrong: the name of this
+        # machine may stand for another address.
+        daemons = f"{configuration}CommunicationParameters=NoInAddrAny,NoCtldInAddrAny\n"
+        (self.folder / "daemons.conf").write_text(daemons)
 
     def _configuration(self) -> str:
         s, folder = self.settings, self.folder
         port = _free_ports()
         nodes = "\n".join(
-            f"NodeName={name} NodeAddr=127.0.0.1{n} NodeHostname={name} Port={port + n}"
+            f"NodeName={name} NodeAddr=127.0.0.1 NodeHostname={name} Port={port + n}"
             f" CPUs={s.cpus_per_node} State=UNKNOWN"
             for n, name in enumerate(NODES, start=1)
         )
         return f"""\
 ClusterName=bed
-SlurmctldHost=ctl(127.0.0.10)
+SlurmctldHost=ctl(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire={s.credential_seconds}
-CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -250,7 +253,7 @@ PartitionName=short Nodes={",".join(NODES)} MaxTime=1 State=UP
         ]
         ctl.start_daemon("munged", "--foreground", f"--socket={sock}", *files, log=self._log)
         self._wait(sock.exists, _START_SECONDS, lambda: "munged has no socket")
-        ctl.start_daemon("slurmctld", "-D", "-f", folder / "slurm.conf", log=self._log)
+        ctl.start_daemon("slurmctld", "-D", "-f", folder / "daemons.conf", log=self._log)
         for name in NODES:
             self.revive_node(name)
         self.wait_idle(_START_SECONDS)
