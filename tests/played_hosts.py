@@ -14,7 +14,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +41,7 @@ class PlayedHost:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env={**os.environ, "PATH": program_path()},
         )
         assert self._holder.stdout is not None
         said = self._holder.stdout.readline()
@@ -66,19 +67,18 @@ class PlayedHost:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on this host to its end."""
         options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, **options}
+        options.setdefault("env", {**os.environ, "PATH": program_path()})
         command = [*self.at(), *map(str, words)]
         return subprocess.run(command, timeout=timeout, check=False, **options)
 
-    def start_daemon(
-        self, *words: object, log: IO[str], environment: Mapping[str, str] | None = None
-    ) -> subprocess.Popen[Any]:
+    def start_daemon(self, *words: object, log: IO[str]) -> subprocess.Popen[Any]:
         """Start a program that ends with the host at the latest, or when these tests are killed."""
         process = subprocess.Popen(
             [*_DIES_WITH_US, *self.at(folder=Path("/")), *map(str, words)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=environment,
+            env={**os.environ, "PATH": program_path()},
             start_new_session=True,
         )
         self._started.append(process)
@@ -120,6 +120,11 @@ class PlayedHost:
         for process in self._started:
             process.wait(timeout=_END_SECONDS)
         self._started.clear()
+
+
+def program_path() -> str:
+    """PATH with the folders of daemons and network tools, which not every root's has."""
+    return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:/usr/bin:/bin"
 
 
 @contextlib.contextmanager
