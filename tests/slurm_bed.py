@@ -16,7 +16,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,23 @@ class SlurmBed:
         )
         return self.job_state(job)
 
+    def warn(self, job: str, signal_name: str = "USR1", *, batch: bool = False) -> None:
+        """Send at once what `--signal=[B:]USR1@...` sends before the limit: to steps, or the batch
+        shell alone."""
+        done = self.run("scancel", f"--signal={signal_name}", *(["--batch"] if batch else []), job)
+        assert done.returncode == 0, done.stderr
+
+    def near_limit(self, job: str, *, warned: bool = False) -> None:
+        """Let the time limit of a running job come.
+
+        slurmctld looks at limits every 30 s: the job ends within that time, KillWait and its own
+        clean-up beside. `warned`: the signal of its `--signal` comes within 30 s, the end 30 s
+        later.
+        """
+        seconds = 31 if warned else 1
+        done = self.run("scontrol", "update", f"jobid={job}", f"EndTime=now+{seconds}")
+        assert done.returncode == 0, done.stderr
+
     # -- nodes ------------------------------------------------------------------------------------
 
     def node_states(self) -> dict[str, str]:
@@ -147,7 +164,11 @@ class SlurmBed:
         for job in self._jobs():
             self.run("scancel", job)
         for name in NODES:
-            self.hosts[name].signal_processes(signal.SIGCONT)
+            self.thaw_node(name)
+            # What has left its step would drain the node.
+            for pid in self.processes(name):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             if not self._has_slurmd(name):
                 self.revive_node(name)
         self._wait(lambda: not self._jobs(), seconds, lambda: f"jobs {self._jobs()} do not end")
@@ -288,9 +309,3 @@ def _comm(pid: int) -> str:
 
 def _is_slurms(pid: int) -> bool:
     return _comm(pid) in ("slurmd", "slurmstepd")
-
-
-@contextlib.contextmanager
-def slurm_bed(settings: SlurmSettings | None = None) -> Iterator[SlurmBed]:
-    with SlurmBed(settings) as bed:
-        yield bed
