@@ -197,10 +197,10 @@ class SlurmBed:
 
     def freeze_node(self, name: str) -> None:
         """The node falls silent and closes no connection: all that runs on it is stopped."""
-        self.hosts[name].signal_processes(signal.SIGSTOP)
+        self.hosts[name].freeze()
 
     def thaw_node(self, name: str) -> None:
-        self.hosts[name].signal_processes(signal.SIGCONT)
+        self.hosts[name].thaw()
 
     def processes(self, name: str) -> list[int]:
         """Processes of the jobs on a node: all but slurmd and slurmstepd."""
