@@ -1,4 +1,4 @@
-"""Ctrl-C, Ctrl-Z and SIGTERM as something a selector can wait for."""
+"""Ctrl-C, Ctrl-Z, SIGTERM and a scheduler's signals as something a selector can wait for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import signal
 from types import FrameType
 from typing import Any
 
-_STOPS = (signal.SIGINT, signal.SIGTERM)
+# Schedulers announce the end of an allocation by one of the two that programs may choose.
+ANNOUNCEMENTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_STOPS = (signal.SIGINT, *ANNOUNCEMENTS)
 
 
 class StopSignals:
