@@ -95,10 +95,11 @@ def _executor(job: BatchJob) -> Any:
         # The shell has become our interpreter by then: it alone is told.
         "signal": f"B:USR1@{job.lead_seconds}",
         ("requeue" if job.requeue else "no-requeue"): True,
-        **job.parameters,
+        **{key: _escaped(value) for key, value in job.parameters.items()},
     }
+    name = parameters.pop("job-name", job.name)
     executor.update_parameters(
-        job_name=job.name,
+        job_name=name,
         nodes=job.num_nodes,
         use_srun=False,
         stderr_to_stdout=True,
@@ -109,6 +110,11 @@ def _executor(job: BatchJob) -> Any:
         additional_parameters=parameters,
     )
     return executor
+
+
+def _escaped(value: str | bool) -> str | bool:
+    """sbatch takes a backslash for an escape even within the quotes that submitit puts around a value."""
+    return value.replace("\\", "\\\\") if isinstance(value, str) else value
 
 
 def _interpreter(job: BatchJob) -> str:

@@ -33,6 +33,7 @@ _OURS = {
     "chdir": "the folder in which you submit",
     "signal": "slurm.signal_seconds",
     "no-requeue": "slurm.requeue",
+    "clusters": "the variable SLURM_CLUSTERS",
     "array": "one submission for each job",
     "wrap": "",
     "parsable": "",
@@ -124,7 +125,13 @@ def slurm_mistakes(options: SlurmOptions) -> list[str]:
                 "characters. It stands in the head of a batch file, where a line break would begin "
                 "a command."
             )
-    if options.time is not None and time_limit_seconds(options.time) is None:
+    limit = math.inf if options.time is None else time_limit_seconds(options.time)
+    if limit is not None and (options.signal_seconds or 0) >= (limit or math.inf):
+        lines.append(
+            f"slurm.signal_seconds is {options.signal_seconds}, and slurm.time only "
+            f"{limit:.0f} s: the job would be told of its end before it begins. Set it lower."
+        )
+    if limit is None:
         lines.append(
             f"slurm.time is {_shown(str(options.time))}: SLURM reads minutes, H:MM:SS, D-HH or "
             "D-HH:MM:SS. Write for example --time 4:00:00 for four hours."
@@ -168,7 +175,7 @@ def signal_lead(
         lead = max(_MIN_LEAD_SECONDS, math.ceil(2 * (longest + step_seconds)) + 30)
         why = f"a save took {longest:.1f} s here: twice that and a step, and half a minute"
     limit = math.inf if options.time is None else time_limit_seconds(options.time)
-    if limit and lead > limit / 2:
+    if options.signal_seconds is None and limit and lead > limit / 2:
         lead, why = max(1, int(limit / 2)), "half of the time limit, which leaves the rest to work"
     return min(lead, _MAX_LEAD_SECONDS), why
 

@@ -33,6 +33,7 @@ _CONFIG = "config.json"
 _JOB = "job.json"
 _RUNS = "runs.jsonl"
 _LOCK = "lock"
+_ASIDE = "earlier"
 _PACKAGES = ("launcher", "strategies", "cluster")
 
 
@@ -103,14 +104,13 @@ def only_submission(output_dir: Path) -> Iterator[Path]:
 
 
 def seal(folder: Path, sealed: Sealed) -> Sealed:
-    """Write a submission, in the place of an earlier one; as it was written."""
-    for path in folder.iterdir():
-        if path.name in (_LOCK, _RUNS):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    """Write a submission; as it was written. An earlier one steps aside until `settle` or `withdraw`."""
+    aside = folder / _ASIDE
+    _remove(aside)
+    earlier = [path for path in folder.iterdir() if path.name not in (_LOCK, _RUNS)]
+    aside.mkdir()
+    for path in earlier:
+        path.rename(aside / path.name)
     for package in _PACKAGES:
         spec = importlib.util.find_spec(f"ftlaunch.{package}")
         assert spec is not None and spec.submodule_search_locations is not None, package
@@ -148,10 +148,6 @@ def check_code(sealed: Sealed) -> None:
         )
 
 
-def note_job(folder: Path, job: SubmittedJob) -> None:
-    write_json(folder / _JOB, asdict(job))
-
-
 def submitted_job(output_dir: Path) -> SubmittedJob | None:
     """None where nothing was submitted, or job.json cannot be read."""
     import pydantic
@@ -164,13 +160,30 @@ def submitted_job(output_dir: Path) -> SubmittedJob | None:
     return job if is_job_id(job.job_id) else None
 
 
-def withdraw(output_dir: Path, *, was_there: bool) -> None:
-    """Leave nothing of a submission that SLURM refused: the next try finds what this one found."""
-    shutil.rmtree(submission_folder(output_dir), ignore_errors=True)
-    with contextlib.suppress(OSError):
-        (output_dir / "logs").rmdir()
+def settle(folder: Path, job: SubmittedJob) -> None:
+    """SLURM has the job: what stood here before it is gone."""
+    write_json(folder / _JOB, asdict(job))
+    _remove(folder / _ASIDE)
+
+
+def withdraw(folder: Path, *, was_there: bool) -> None:
+    """SLURM has refused the job: everything is as it was.
+
+    was_there   the output folder has been used before
+    """
+    aside = folder / _ASIDE
+    for path in folder.iterdir():
+        if path.name not in (_LOCK, _RUNS, _ASIDE):
+            _remove(path)
+    for path in aside.iterdir() if aside.is_dir() else ():
+        path.rename(folder / path.name)
+    _remove(aside)
+    output_dir = folder.parent
+    if not (folder / _CONFIG).exists():
+        _remove(folder)
     if not was_there:
         with contextlib.suppress(OSError):
+            (output_dir / "logs").rmdir()
             (output_dir / ".ftlaunch").unlink()
             output_dir.rmdir()
 
@@ -199,6 +212,13 @@ def now() -> str:
 # -- inside -------------------------------------------------------------------------------------
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _with_copy(folder: Path, script: Script | None) -> Script | None:
     """The user's file is copied; what it imports stays where it is."""
     if script is None or script.kind == "module":
@@ -208,7 +228,7 @@ def _with_copy(folder: Path, script: Script | None) -> Script | None:
     copy.parent.mkdir()
     shutil.copyfile(original, copy)
     copy.chmod(0o600)
-    return replace(script, target=str(original), copy=str(copy))
+    return replace(script, copy=str(copy))
 
 
 def _to_json(sealed: Sealed) -> Any:

@@ -227,7 +227,7 @@ def _submit(
             submission.seal(inside, sealed)
             job_id = submit(batch)
         except BaseException:
-            submission.withdraw(folder, was_there=was_there)
+            submission.withdraw(inside, was_there=was_there)
             raise
         job = SubmittedJob(
             job_id=job_id,
@@ -239,7 +239,7 @@ def _submit(
             parameters=dict(batch.parameters),
             fetched=[asdict(each) for each in fetched],
         )
-        submission.note_job(inside, job)
+        submission.settle(inside, job)
     return job
 
 
