@@ -5,6 +5,7 @@ It is the only party that requeues: submitit's handlers are replaced before they
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -47,6 +48,7 @@ def run_sealed(folder: str) -> None:
 
 def _run(folder: Path, job_id: str, signals: _Signals) -> int:
     began, before = time.monotonic(), newest_step(folder.parent)
+    summary_before = _summary_time(folder.parent)
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     submission.note_run(
         folder, "started", job_id=job_id, restarts=restarts, host=os.uname().nodename
@@ -67,16 +69,19 @@ def _run(folder: Path, job_id: str, signals: _Signals) -> int:
     is_script = sealed is not None and sealed.script is not None
     progressed = seconds > 60 if is_script else newest_step(folder.parent) > before
     requeues, why = False, ""
-    stopped_codes = (EXIT_STOPPED, *((128 + signals.first,) if signals.first and is_script else ()))
-    if sealed is not None and code in stopped_codes and signals.first is not None:
+    first = signals.first
+    if first is None and _summary_time(folder.parent) != summary_before:
+        first = _heard_elsewhere(folder.parent)
+    stopped = code == EXIT_STOPPED or (is_script and first is not None and code == 128 + first)
+    if sealed is not None and stopped and first is not None:
         repeats = _was_in_vain(folder, job_id) and not progressed
-        requeues, why = _decide(sealed, job_id, signals.first, in_vain=repeats)
+        requeues, why = _decide(sealed, job_id, first, in_vain=repeats)
     submission.note_run(
         folder,
         "ended",
         job_id=job_id,
         exit_code=code,
-        stop_signal=signals.first,
+        stop_signal=None if first is None else signal.Signals(first).name,
         progressed=progressed,
         requeues=requeues,
         why=why,
@@ -158,6 +163,22 @@ def _was_in_vain(folder: Path, job_id: str) -> bool:
     """Whether the run before this one was requeued, too, and had got nothing done."""
     ends = [line for line in submission.runs_of(folder, job_id) if line.get("kind") == "ended"]
     return bool(ends) and ends[-1].get("requeues") is True and not ends[-1].get("progressed")
+
+
+def _heard_elsewhere(output_dir: Path) -> int | None:
+    """The signal of a preemption may come to the agents of the nodes alone; the summary names it."""
+    try:
+        name = json.loads((output_dir / "summary.json").read_bytes()).get("stop_signal")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return next((int(number) for number in _STOPS if number.name == name), None)
+
+
+def _summary_time(output_dir: Path) -> int:
+    try:
+        return (output_dir / "summary.json").stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def newest_step(output_dir: Path) -> int:

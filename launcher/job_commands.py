@@ -128,15 +128,8 @@ def _first_line(state: JobState) -> str:
     if state.exit_code is not None:
         line += f", exit code {state.exit_code}"
     if state.stop_signal is not None:
-        line += f", after {_signal_name(state.stop_signal)}"
+        line += f", after {state.stop_signal}"
     return line
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _progress_line(state: JobState) -> str:

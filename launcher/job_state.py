@@ -41,6 +41,7 @@ class JobState:
     job          of SLURM; None for a job that was started here
     queued       what SLURM says of that job; None when it says nothing
     owner        the process that has the folder
+    stop_signal  by which the job was asked to stop: "SIGUSR1"
     requeues     times that the job went back into the queue
     notes        what else a user should know
     """
@@ -56,7 +57,7 @@ class JobState:
     progress: Progress
     requeues: int
     restarts: int
-    stop_signal: int | None
+    stop_signal: str | None
     notes: tuple[str, ...]
 
 
@@ -95,7 +96,7 @@ def job_state(folder: Path) -> JobState:
         requeues=max(0, sum(line.get("kind") == "started" for line in runs) - 1)
         + (kind == "pending" and bool(runs)),
         restarts=_number(summary.get("restarts")) if kind == "ended" else _restarts(folder),
-        stop_signal=stopped_by if isinstance(stopped_by, int) else None,
+        stop_signal=stopped_by if isinstance(stopped_by, str) else None,
         notes=tuple(notes),
     )
 

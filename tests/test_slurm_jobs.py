@@ -208,7 +208,7 @@ def test_a_job_that_is_told_of_its_end_goes_on_from_there(bed, tmp_path, inputs)
     [first_end] = runs_of(out, job, "ended")
     assert (first_end["exit_code"], first_end["stop_signal"], first_end["requeues"]) == (
         75,
-        10,
+        "SIGUSR1",
         True,
     )
 
