@@ -156,7 +156,8 @@ def _decide(sealed: Sealed, job_id: str, first: int, *, in_vain: bool) -> tuple[
             "not requeued: two runs in a row have ended without getting on. Give it more time "
             "(slurm.time), or less notice (slurm.signal_seconds), and submit it again."
         )
-    return True, f"job {job_id} goes back into the queue, and on from its last checkpoint"
+    place = "its last checkpoint" if sealed.script is None else "the beginning of the script"
+    return True, f"job {job_id} goes back into the queue, and on from {place}"
 
 
 def _was_in_vain(folder: Path, job_id: str) -> bool:

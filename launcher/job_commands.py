@@ -119,7 +119,8 @@ def _first_line(state: JobState) -> str:
         return line + (f"; expected to start at {queued.start}" if queued.start else "")
     if state.kind == "running":
         if queued is not None:
-            left = f", {queued.left} left of its time" if queued.left else ""
+            limited = queued.left is not None and queued.left != "UNLIMITED"
+            left = f", {queued.left} left of its time" if limited else ""
             where = f" on {queued.nodes}" if queued.nodes else ""
             return f"{job} is {state.status}{where}{left}"
         assert owner is not None

@@ -25,6 +25,7 @@ from tests.jobs import (
     wait_until,
 )
 from tests.slurm_bed import PROGRAMS, slurm_bed
+from tests.test_submission import write_snapshot
 from tests.training_jobs import Inputs
 
 pytestmark = pytest.mark.skipif(
@@ -133,6 +134,31 @@ def test_edits_after_the_submission_change_nothing(bed, tmp_path):
     assert f"['code/job.py', '--lr', '1 2', '-o', 'x'] {folder} {folder}" in log
     assert "second" not in log and "hostile" not in log
     assert state_of(bed, out)["exit_code"] == 0
+
+
+def test_what_the_hub_has_is_sealed_with_its_commit(bed, tmp_path, inputs):
+    """The job begins when `main` has moved on, and looks at the cache only."""
+    cache, out = tmp_path / "hub", tmp_path / "out"
+    first, second = "1" * 40, "2" * 40
+    repo = write_snapshot(cache, "somebody/tiny-bert", first).parent.parent
+    words = [word for word in inputs.command(out, "train.max_steps=6") if word not in ("-o", out)]
+    words[words.index(inputs.model)] = "somebody/tiny-bert"
+    words += ["slurm.begin=now+1hour"]
+    job = submitted(bed, out, *words, env={"HF_HUB_CACHE": str(cache)})
+    (repo / "refs" / "main").write_text(second)
+    (repo / "snapshots" / second).mkdir()
+    bed.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    assert bed.wait_state(job, "COMPLETED", "FAILED", seconds=90) == "COMPLETED", log_of(out, job)
+    assert json.loads((out / "plan.json").read_text())["options"]["model"]["revision"] == first
+    [fetched] = state_of(bed, out)["job"]["fetched"]
+    assert fetched == {"what": "model", "name": "somebody/tiny-bert", "revision": first}
+    # The job goes on with what it began with.
+    again = submitted(bed, out, *words, "train.max_steps=8", env={"HF_HUB_CACHE": str(cache)})
+    bed.run("scontrol", "update", f"JobId={again}", "StartTime=now")
+    assert bed.wait_state(again, "COMPLETED", "FAILED", seconds=90) == "COMPLETED", log_of(
+        out, again
+    )
+    assert metrics_of(out)[-1]["step"] == 8
 
 
 def test_a_changed_code_is_refused(bed, tmp_path):

@@ -434,6 +434,8 @@ def test_a_job_of_this_machine_from_its_start_to_its_cancellation(tmp_path):
         shown = ftlaunch("status", out).stdout
         assert f"running: process {process.pid}" in shown
         assert "samples/s" in shown
+        another = ftlaunch("submit", *inputs.endless(out)[2:])
+        assert_mistake(another, "in use by another job", str(process.pid))
         cancelled = ftlaunch("cancel", out)
         assert cancelled.returncode == 0
         assert f"process {process.pid} was told to stop" in cancelled.stdout
