@@ -14,7 +14,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +41,7 @@ class PlayedHost:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env={**os.environ, "PATH": program_path()},
         )
         assert self._holder.stdout is not None
         said = self._holder.stdout.readline()
@@ -49,7 +50,7 @@ class PlayedHost:
             self._holder.wait()
             self._holder.stdout.close()
             raise OSError(f"host {name}: {said.strip()}")
-        self._namespace = os.readlink(f"/proc/{self.pid}/ns/uts")
+        self._namespace = _namespace_of(self.pid)
 
     @property
     def pid(self) -> int:
@@ -59,26 +60,27 @@ class PlayedHost:
     def at(self, *, folder: Path | None = None) -> list[str]:
         """The words before a command that is to run on this host, in `folder`."""
         kinds = ["--uts", "--mount", *(["--net"] if self.network else [])]
-        return ["nsenter", f"--target={self.pid}", *kinds, f"--wdns={folder or Path.cwd()}", "--"]
+        # Its root too: in a chroot, that of the mounts would be another.
+        where = ["--root", f"--wdns={folder or Path.cwd()}"]
+        return ["nsenter", f"--target={self.pid}", *kinds, *where, "--"]
 
     def run(
         self, *words: object, timeout: float = 30, **options: Any
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on this host to its end."""
         options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, **options}
+        options.setdefault("env", {**os.environ, "PATH": program_path()})
         command = [*self.at(), *map(str, words)]
         return subprocess.run(command, timeout=timeout, check=False, **options)
 
-    def start_daemon(
-        self, *words: object, log: IO[str], environment: Mapping[str, str] | None = None
-    ) -> subprocess.Popen[Any]:
+    def start_daemon(self, *words: object, log: IO[str]) -> subprocess.Popen[Any]:
         """Start a program that ends with the host at the latest, or when these tests are killed."""
         process = subprocess.Popen(
             [*_DIES_WITH_US, *self.at(folder=Path("/")), *map(str, words)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=environment,
+            env={**os.environ, "PATH": program_path()},
             start_new_session=True,
         )
         self._started.append(process)
@@ -92,10 +94,18 @@ class PlayedHost:
         """End all of them at once, unasked."""
         self._kill(lambda: self.processes())
 
-    def signal_processes(self, number: signal.Signals) -> None:
-        for pid in self.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+    def freeze(self) -> None:
+        """Stop all of them, until `thaw`: nothing answers, nothing is closed."""
+        deadline = time.monotonic() + _END_SECONDS
+        # Again and again, as for killing.
+        while running := [pid for pid in self.processes() if _state(pid) not in "T"]:
+            _signal(running, signal.SIGSTOP)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"host {self.name}: processes {running} do not stop")
+            time.sleep(_POLL_SECONDS)
+
+    def thaw(self) -> None:
+        _signal(self.processes(), signal.SIGCONT)
 
     def close(self) -> None:
         """End the host: nothing of it is left."""
@@ -109,9 +119,7 @@ class PlayedHost:
         deadline = time.monotonic() + _END_SECONDS
         # Again and again: one that forks meanwhile leaves a child that was not seen.
         while left := find():
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            _signal(left, signal.SIGKILL)
             for process in self._started:
                 process.poll()
             if time.monotonic() > deadline:
@@ -120,6 +128,11 @@ class PlayedHost:
         for process in self._started:
             process.wait(timeout=_END_SECONDS)
         self._started.clear()
+
+
+def program_path() -> str:
+    """PATH with the folders of daemons and network tools, which not every root's has."""
+    return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:/usr/bin:/bin"
 
 
 @contextlib.contextmanager
@@ -132,14 +145,32 @@ def covered(host: PlayedHost, folder: Path) -> Iterator[None]:
         host.run("umount", "--lazy", folder).check_returncode()
 
 
+def _signal(pids: Sequence[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _state(pid: int) -> str:
+    """The letter of proc(5); "" for a process that has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return ""
+
+
 def _processes_in(namespace: str) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         # Of a process that has ended, reaped or not, there is no namespace to read.
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and os.readlink(entry / "ns" / "uts") == namespace:
+            if entry.name.isdigit() and _namespace_of(int(entry.name)) == namespace:
                 found.append(int(entry.name))
     return found
+
+
+def _namespace_of(pid: int) -> str:
+    return str(Path(f"/proc/{pid}/ns/uts").readlink())
 
 
 # Tests that are killed run no clean-up.

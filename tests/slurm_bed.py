@@ -16,7 +16,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,23 @@ class SlurmBed:
         )
         return self.job_state(job)
 
+    def warn(self, job: str, signal_name: str = "USR1", *, batch: bool = False) -> None:
+        """Send at once what `--signal=[B:]USR1@...` sends before the limit: to steps, or the batch
+        shell alone."""
+        done = self.run("scancel", f"--signal={signal_name}", *(["--batch"] if batch else []), job)
+        assert done.returncode == 0, done.stderr
+
+    def near_limit(self, job: str, *, warned: bool = False) -> None:
+        """Let the time limit of a running job come.
+
+        slurmctld looks at limits every 30 s: the job ends within that time, KillWait and its own
+        clean-up beside. `warned`: the signal of its `--signal` comes within 30 s, the end 30 s
+        later.
+        """
+        seconds = 31 if warned else 1
+        done = self.run("scontrol", "update", f"jobid={job}", f"EndTime=now+{seconds}")
+        assert done.returncode == 0, done.stderr
+
     # -- nodes ------------------------------------------------------------------------------------
 
     def node_states(self) -> dict[str, str]:
@@ -147,7 +164,11 @@ class SlurmBed:
         for job in self._jobs():
             self.run("scancel", job)
         for name in NODES:
-            self.hosts[name].signal_processes(signal.SIGCONT)
+            self.thaw_node(name)
+            # What has left its step would drain the node.
+            for pid in self.processes(name):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             if not self._has_slurmd(name):
                 self.revive_node(name)
         self._wait(lambda: not self._jobs(), seconds, lambda: f"jobs {self._jobs()} do not end")
@@ -157,21 +178,29 @@ class SlurmBed:
         self.wait_idle(seconds)
 
     def kill_node(self, name: str) -> None:
-        """The node is gone: its slurmd, its slurmstepd and all that runs below them are killed."""
+        """The node is gone: its slurmd, its slurmstepd and all that runs below them are killed.
+
+        slurmctld finds it out after some 25 s: two rounds of pings. `mark_down` spares the wait.
+        """
         self.hosts[name].kill_processes()
+
+    def mark_down(self, name: str) -> None:
+        """Tell slurmctld that the node is lost, as an administrator may."""
+        done = self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=lost")
+        assert done.returncode == 0, done.stderr
 
     def revive_node(self, name: str) -> None:
         """Start the slurmd of a killed node, as after a reboot."""
         self.hosts[name].start_daemon(
-            "slurmd", "-D", "-N", name, "-f", self.folder / "slurm.conf", log=self._log
+            "slurmd", "-D", "-N", name, "-f", self.folder / "daemons.conf", log=self._log
         )
 
     def freeze_node(self, name: str) -> None:
         """The node falls silent and closes no connection: all that runs on it is stopped."""
-        self.hosts[name].signal_processes(signal.SIGSTOP)
+        self.hosts[name].freeze()
 
     def thaw_node(self, name: str) -> None:
-        self.hosts[name].signal_processes(signal.SIGCONT)
+        self.hosts[name].thaw()
 
     def processes(self, name: str) -> list[int]:
         """Processes of the jobs on a node: all but slurmd and slurmstepd."""
@@ -191,28 +220,31 @@ class SlurmBed:
         key.write_bytes(secrets.token_bytes(128))
         for name in ("state", "spool"):
             (self.folder / name).mkdir()
-        addresses = [f"127.0.0.1{n} n{n}" for n in range(1, len(NODES) + 1)]
-        lines = ["127.0.0.1 localhost", "127.0.0.10 ctl", *addresses]
-        (self.folder / "hosts").write_text("".join(f"{line}\n" for line in lines))
-        (self.folder / "slurm.conf").write_text(self._configuration())
+        # One address for all: srun listens on that of its host, and nodes see it come from this one.
+        (self.folder / "hosts").write_text(f"127.0.0.1 localhost ctl {' '.join(NODES)}\n")
+        configuration = self._configuration()
+        (self.folder / "slurm.conf").write_text(configuration)
+        # Daemons listen on the loopback only. For clients that would be wrong: the name of this
+        # machine may stand for another address.
+        daemons = f"{configuration}CommunicationParameters=NoInAddrAny,NoCtldInAddrAny\n"
+        (self.folder / "daemons.conf").write_text(daemons)
 
     def _configuration(self) -> str:
         s, folder = self.settings, self.folder
         port = _free_ports()
         nodes = "\n".join(
-            f"NodeName={name} NodeAddr=127.0.0.1{n} NodeHostname={name} Port={port + n}"
+            f"NodeName={name} NodeAddr=127.0.0.1 NodeHostname={name} Port={port + n}"
             f" CPUs={s.cpus_per_node} State=UNKNOWN"
             for n, name in enumerate(NODES, start=1)
         )
         return f"""\
 ClusterName=bed
-SlurmctldHost=ctl(127.0.0.10)
+SlurmctldHost=ctl(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire={s.credential_seconds}
-CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -250,7 +282,7 @@ PartitionName=short Nodes={",".join(NODES)} MaxTime=1 State=UP
         ]
         ctl.start_daemon("munged", "--foreground", f"--socket={sock}", *files, log=self._log)
         self._wait(sock.exists, _START_SECONDS, lambda: "munged has no socket")
-        ctl.start_daemon("slurmctld", "-D", "-f", folder / "slurm.conf", log=self._log)
+        ctl.start_daemon("slurmctld", "-D", "-f", folder / "daemons.conf", log=self._log)
         for name in NODES:
             self.revive_node(name)
         self.wait_idle(_START_SECONDS)
@@ -285,9 +317,3 @@ def _comm(pid: int) -> str:
 
 def _is_slurms(pid: int) -> bool:
     return _comm(pid) in ("slurmd", "slurmstepd")
-
-
-@contextlib.contextmanager
-def slurm_bed(settings: SlurmSettings | None = None) -> Iterator[SlurmBed]:
-    with SlurmBed(settings) as bed:
-        yield bed
