@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -24,21 +23,10 @@ from tests.jobs import (
     said,
     wait_until,
 )
-from tests.slurm_bed import PROGRAMS, slurm_bed
 from tests.test_submission import write_snapshot
 from tests.training_jobs import Inputs
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or any(shutil.which(name) is None for name in PROGRAMS),
-    reason="needs the programs of SLURM and munge, and root",
-)
 START_SECONDS = 120.0
-
-
-@pytest.fixture(scope="module")
-def slurm():
-    with slurm_bed() as bed:
-        yield bed
 
 
 @pytest.fixture
