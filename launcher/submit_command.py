@@ -41,7 +41,9 @@ def submit_job(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
     """UserError for what the user can mend; then nothing is left that stands in the way."""
     script = script_of(arguments)
     config = script_config(arguments, flags) if script else config_of(arguments, flags)
-    config = replace(config, output_dir=str(default_output_dir(config)))
+    # One node is asked for where nothing is said: SLURM takes a number.
+    cluster = replace(config.cluster, nodes=config.cluster.nodes or 1)
+    config = replace(config, cluster=cluster, output_dir=str(default_output_dir(config)))
     folder = Path(str(config.output_dir))
     _check(config, script, folder)
     lead, why_lead = signal_lead(config.slurm, *_measured(folder))
