@@ -11,12 +11,13 @@ _MAX_BEHIND_BYTES = 1 << 20
 
 
 class LogTail:
-    """Reads a log from its present end on."""
+    """Reads a log from its present end on, or from `start`."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, start: int | None = None) -> None:
         self._path = path
         self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
-        self._position = os.fstat(self._file.fileno()).st_size
+        end = os.fstat(self._file.fileno()).st_size
+        self._position = end if start is None else min(start, end)
         self._pending = ""
         # A character may be cut at the end of a portion.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")

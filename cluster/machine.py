@@ -176,7 +176,7 @@ def detect_machine(environ: Mapping[str, str], root: Path = Path("/")) -> Machin
         cpu_cores=_cpu_cores(root),
         memory_bytes=memory_bytes,
         versions=versions,
-        code_fingerprint=_code_fingerprint(),
+        code_fingerprint=code_fingerprint(),
         notes=tuple(notes),
         device_ids=tuple(device.identifier for device in devices if device.identifier),
         unusable=unusable,
@@ -292,7 +292,8 @@ def _find_versions() -> dict[str, str]:
     return versions
 
 
-def _code_fingerprint() -> str:
+def code_fingerprint() -> str:
+    """Of our own source, as this interpreter finds it."""
     digest = hashlib.sha256()
     for package in _PACKAGES:
         spec = importlib.util.find_spec(f"ftlaunch.{package}")

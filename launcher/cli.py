@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-_COMMANDS = ("eval", "rehearse", "merge")
+_COMMANDS = ("eval", "rehearse", "merge", "submit", "status", "logs", "cancel")
 _EPILOG = """\
 Everything else is KEY=VALUE, for example train.learning_rate=2e-5 train.num_train_epochs=3
 (all keys: docs/configuration.md), or stands in a YAML file given by --config.
@@ -18,6 +18,8 @@ Everything else is KEY=VALUE, for example train.learning_rate=2e-5 train.num_tra
   ftlaunch eval out --dataset DIR                 evaluates alone, writes predictions.jsonl
   ftlaunch --nodes 2 script.py --its-own args     your own script on every rank
   ftlaunch merge out merged/                      a checkpoint as a model, also DeepSpeed's, MindSpore's
+  ftlaunch submit --nodes 4 --partition gpu --time 4:00:00 -o out ...        as a job of SLURM
+  ftlaunch status out | logs out --follow | cancel out                   of any job, this or that
   ftlaunch rehearse --nodes 4 --fault kill-rank:3@step5       any of these, with faults on purpose
 
 Exit codes: 0 done, 1 the job failed, 2 a mistake in what was asked for, 75 stopped on request
@@ -58,23 +60,78 @@ def build_parser() -> argparse.ArgumentParser:
         "       ftlaunch [flags] [KEY=VALUE ...] SCRIPT.py [its own arguments]\n"
         "       ftlaunch eval OUT_OR_MODEL [flags] [KEY=VALUE ...]\n"
         "       ftlaunch merge [--verify] SOURCE TARGET [flags]\n"
-        "       ftlaunch rehearse --fault FAULT [flags] [KEY=VALUE ...] [SCRIPT.py ...]",
+        "       ftlaunch rehearse --fault FAULT [flags] [KEY=VALUE ...] [SCRIPT.py ...]\n"
+        "       ftlaunch submit [flags] [KEY=VALUE ...] [SCRIPT.py ...]\n"
+        "       ftlaunch status|logs|cancel OUT [flags]",
         description="Fine-tune a pretrained model on every device there is.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     _add_shared_flags(parser)
-    parser.add_argument(
-        "--max-restarts", type=int, metavar="N", help="restarts after a killed rank"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="delete what a job left in OUT")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, start nothing")
-    parser.add_argument(
-        "-m", dest="module", metavar="MODULE", help="your own module, then its args"
-    )
+    _add_flags_of_runs(parser)
     parser.add_argument("--version", action="store_true", help="print the version")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
+    return parser
+
+
+def build_submit_parser() -> argparse.ArgumentParser:
+    """The main command's flags without those that say where, and SLURM's. At most 20 as well."""
+    parser = _Parser(
+        prog="ftlaunch submit",
+        usage="ftlaunch submit [flags] [KEY=VALUE ...] [SCRIPT.py ... | -m MODULE ...]",
+        description="Put a job into SLURM's queue; it runs what is here now, whatever is edited later.",
+        epilog="Other options of sbatch are keys: slurm.constraint=a100 slurm.exclude=n7 "
+        "slurm.cpus_per_task=8 slurm.exclusive=true. All of it: docs/clusters.md.",
+        allow_abbrev=False,
+    )
+    _add_shared_flags(parser, where=False)
+    _add_flags_of_runs(parser)
+    add = parser.add_argument
+    add("--partition", dest="slurm.partition", metavar="NAME", help="of SLURM, as the next five")
+    add("--time", dest="slurm.time", metavar="TIME", help="the limit: H:MM:SS, D-HH, or minutes")
+    add("--account", dest="slurm.account", metavar="NAME")
+    add("--qos", dest="slurm.qos", metavar="NAME")
+    add("--gpus-per-node", dest="slurm.gpus_per_node", metavar="N")
+    add("--mem", dest="slurm.mem", metavar="SIZE", help="of each node: 64G")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
+    return parser
+
+
+def build_status_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="ftlaunch status",
+        usage="ftlaunch status OUT [--json]",
+        description="Where a job is: waiting, running, or how it ended.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("target", metavar="OUT", help="the job's output folder")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    return parser
+
+
+def build_logs_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="ftlaunch logs",
+        usage="ftlaunch logs OUT [--follow] [--rank N]",
+        description="What a job and its ranks have printed.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("target", metavar="OUT", help="the job's output folder")
+    add("--follow", action="store_true", help="go on until the job has ended")
+    add("--rank", type=int, metavar="N", help="that of one rank only")
+    return parser
+
+
+def build_cancel_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="ftlaunch cancel",
+        usage="ftlaunch cancel OUT",
+        description="End a job; one that trains saves a checkpoint first.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("target", metavar="OUT", help="the job's output folder")
     return parser
 
 
@@ -129,12 +186,23 @@ def build_merge_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_shared_flags(parser: argparse.ArgumentParser, *, model: bool = True) -> None:
+def _add_flags_of_runs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--max-restarts", type=int, metavar="N", help="restarts after a killed rank")
+    add("--overwrite", action="store_true", help="delete what a job left in OUT")
+    add("--dry-run", action="store_true", help="print the plan, start nothing")
+    add("-m", dest="module", metavar="MODULE", help="your own module, then its args")
+
+
+def _add_shared_flags(
+    parser: argparse.ArgumentParser, *, model: bool = True, where: bool = True
+) -> None:
     add = parser.add_argument
     add("--nodes", type=int, metavar="N", help="nodes (without a cluster: processes here)")
     add("--devices", type=int, metavar="N", help="ranks on each node (default: every accelerator)")
-    add("--cluster", choices=("local", "ssh", "slurm", "auto"), help="where the nodes are")
-    add("--hostfile", metavar="FILE", help="hosts to use over ssh")
+    if where:
+        add("--cluster", choices=("local", "ssh", "slurm", "auto"), help="where the nodes are")
+        add("--hostfile", metavar="FILE", help="hosts to use over ssh")
     add("--strategy", metavar="NAME", help="ddp, zero1, zero2 or zero3 (default: ddp)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the computation")
     add("--task", metavar="NAME", help="text-classification")
@@ -177,12 +245,20 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
         if arguments.verify and (arguments.dtype or arguments.model):
             build_merge_parser().error("--verify compares what is there: it takes no other flag")
         return argv[0], arguments
-    rehearses = bool(argv) and argv[0] == "rehearse"
-    parser = build_rehearse_parser() if rehearses else build_parser()
-    own, script = _split_at_script(parser, list(argv[1:] if rehearses else argv))
+    about_a_job = {
+        "status": build_status_parser,
+        "logs": build_logs_parser,
+        "cancel": build_cancel_parser,
+    }
+    if argv and argv[0] in about_a_job:
+        return argv[0], about_a_job[argv[0]]().parse_args(list(argv[1:]))
+    starting = {"rehearse": build_rehearse_parser, "submit": build_submit_parser}
+    command = argv[0] if argv and argv[0] in starting else "run"
+    parser = starting.get(command, build_parser)()
+    own, script = _split_at_script(parser, list(argv if command == "run" else argv[1:]))
     arguments = parser.parse_intermixed_args(own)
     arguments.script = script
-    return ("rehearse" if rehearses else "run"), arguments
+    return command, arguments
 
 
 def _split_at_script(
@@ -216,6 +292,19 @@ def _function_of(command: str) -> Callable[[argparse.Namespace, dict[str, Any]],
         from ftlaunch.launcher.merge_command import merge
 
         return merge
+    if command in ("status", "logs", "cancel"):
+        # By themselves: they look at files and ask SLURM, and need no configuration.
+        from ftlaunch.launcher import job_commands
+
+        return {
+            "status": job_commands.status,
+            "logs": job_commands.logs,
+            "cancel": job_commands.cancel,
+        }[command]
+    if command == "submit":
+        from ftlaunch.launcher.submit_command import submit_job
+
+        return submit_job
     from ftlaunch.launcher.commands import evaluate, rehearse, train
 
     return {"run": train, "eval": evaluate, "rehearse": rehearse}[command]
@@ -230,6 +319,11 @@ def run(argv: Sequence[str]) -> int:
         print(f"ftlaunch {version('ftlaunch')}")
         return 0
 
+    return exit_code_of(lambda: _function_of(command)(arguments, settings_of(arguments)))
+
+
+def exit_code_of(action: Callable[[], int]) -> int:
+    """What `action` returns, or the code of the error that it raises, whose words go to stderr."""
     from ftlaunch.cluster.errors import (
         EXIT_FAILED,
         EXIT_INTERRUPTED,
@@ -239,7 +333,7 @@ def run(argv: Sequence[str]) -> int:
     )
 
     try:
-        return _function_of(command)(arguments, settings_of(arguments))
+        return action()
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)

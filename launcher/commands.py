@@ -17,6 +17,7 @@ from ftlaunch.launcher.plan import LaunchPlan
 from ftlaunch.launcher.rehearsal import KINDS, Fault, Rehearsal, parse_fault
 from ftlaunch.launcher.script_job import run_script, show_script_plan
 from ftlaunch.launcher.script_plan import Script
+from ftlaunch.launcher.slurm_options import SlurmOptions
 from ftlaunch.strategies.data.demo import DEMO_OPTIONS
 from ftlaunch.strategies.model_config import absolute_path
 
@@ -39,10 +40,12 @@ def rehearse(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
 
 
 def _train(arguments: argparse.Namespace, flags: Mapping[str, Any], faults: Sequence[Fault]) -> int:
-    script = _script(arguments)
-    config = _script_config(arguments, flags) if script else _config(arguments, flags)
+    script = script_of(arguments)
+    config = script_config(arguments, flags) if script else config_of(arguments, flags)
     rehearsal = Rehearsal(faults)
     with Console(sys.stdout) as console:
+        if config.slurm != SlurmOptions():
+            console.say("slurm.* is for ftlaunch submit: this run does not ask SLURM for anything")
         if script is not None:
             if arguments.dry_run:
                 return show_script_plan(config, script, console)
@@ -54,7 +57,7 @@ def _train(arguments: argparse.Namespace, flags: Mapping[str, Any], faults: Sequ
         return run_job(config, console, overwrite=arguments.overwrite, rehearsal=rehearsal)
 
 
-def _script(arguments: argparse.Namespace) -> Script | None:
+def script_of(arguments: argparse.Namespace) -> Script | None:
     if arguments.module is not None:
         return Script(kind="module", target=arguments.module, arguments=tuple(arguments.script))
     if not arguments.script:
@@ -63,24 +66,26 @@ def _script(arguments: argparse.Namespace) -> Script | None:
     return Script(kind="path", target=path, arguments=tuple(rest))
 
 
-def _script_config(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> RunConfig:
+def script_config(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> RunConfig:
     """UserError for what means nothing to a script."""
     strange = [f"--{name}" for name in flags if name in _OF_TRAINING]
     if not strange:
         file = Path(arguments.config) if arguments.config is not None else None
         config = load_config(file=file, flags=flags, overrides=arguments.overrides)
-        nothing = RunConfig(output_dir=config.output_dir, cluster=config.cluster)
+        nothing = RunConfig(
+            output_dir=config.output_dir, cluster=config.cluster, slurm=config.slurm
+        )
         names = [each.name for each in fields(config)]
         strange = [name for name in names if getattr(config, name) != getattr(nothing, name)]
     if strange:
         raise UserError(
-            f"{', '.join(strange)} is set, but a script does its own training: only cluster.* and "
-            "output_dir mean something to it. Put what is meant for the script behind its name."
+            f"{', '.join(strange)} is set, but a script does its own training: only cluster.*, slurm.* "
+            "and output_dir mean something to it. Put what is meant for the script behind its name."
         )
     return config
 
 
-def _config(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> RunConfig:
+def config_of(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> RunConfig:
     file = Path(arguments.config) if arguments.config is not None else None
     config = load_config(file=file, flags=flags, overrides=arguments.overrides)
     if not config.is_demo:

@@ -21,6 +21,7 @@ from annotated_types import Ge, Gt, Le
 
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.rank_table import RankTable
+from ftlaunch.launcher.slurm_options import SlurmOptions, slurm_mistakes, with_free_keys
 from ftlaunch.strategies.deepspeed_config import read_deepspeed_config
 from ftlaunch.strategies.model_config import absolute_path, looks_local
 from ftlaunch.strategies.options import (
@@ -99,6 +100,7 @@ class RunConfig:
     train: TrainOptions = field(default_factory=TrainOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     deepspeed: DeepSpeedOptions = field(default_factory=DeepSpeedOptions)
+    slurm: SlurmOptions = field(default_factory=SlurmOptions)
 
     @property
     def is_demo(self) -> bool:
@@ -152,6 +154,8 @@ def load_config(
         except UserError as error:
             mistakes.append(str(error))
     _split_lists(settings)
+    if isinstance(settings.get("slurm"), dict):
+        settings["slurm"] = with_free_keys(settings["slurm"])
     config: RunConfig | None = None
     try:
         config = pydantic.TypeAdapter(RunConfig).validate_python(settings)
@@ -183,15 +187,23 @@ def _walk_keys(cls: Any, prefix: str) -> Iterator[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 2e-5 is a number, yes and on are words, a key stands once."""
+    """YAML as people write it: 2e-5 is a number, yes, on and 4:00:00 are words, a key stands once."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float"))]
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float", ":int"))
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+# Without the base of 60, by which a time limit of 4:00:00 would be 14,400.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$"),
+    list("-+0123456789"),
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -395,7 +407,7 @@ def _contradictions(config: RunConfig) -> list[str]:
             f"train.warmup_steps is {train.warmup_steps}: it is a whole number of steps, or a "
             "fraction of all steps below 1."
         )
-    return lines
+    return lines + slurm_mistakes(config.slurm)
 
 
 def _once(lines: Sequence[str]) -> list[str]:

@@ -121,7 +121,7 @@ def run_job(
         check_faults(rehearsal.faults, num_nodes=plan.num_nodes, world_size=plan.world_size)
     need_descriptors(len(site.hosts))
     if overwrite:
-        _keep_input(config, folder)
+        keep_input(config, folder)
     with OutputFolder(folder, overwrite=overwrite):
         config = prepare_demo(config) if config.is_demo else config
         return _Job(config, site, folder, console, timeline, mode, machine, rehearsal).run()
@@ -133,7 +133,7 @@ def needed_paths(config: RunConfig) -> list[str]:
     return [name for name in names if name is not None and Path(name).is_absolute()]
 
 
-def _keep_input(config: RunConfig, folder: Path) -> None:
+def keep_input(config: RunConfig, folder: Path) -> None:
     """UserError when --overwrite would delete what the job is to be made from."""
     for name in (config.model.name_or_path, config.model.tokenizer, config.data.name_or_path):
         inside = name is not None and any(

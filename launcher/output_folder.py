@@ -9,11 +9,13 @@ import json
 import os
 import shutil
 import socket
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.cluster.linux import Process, read_process
 from ftlaunch.launcher.config import RunConfig
 
 # What a run writes, and all that --overwrite deletes.
@@ -30,6 +32,7 @@ OWN_NAMES = (
     "checkpoints",
     "model",
     "tensorboard",
+    "submission",
 )
 _OWNER = ".ftlaunch-owner"
 # Marks the folder as ours: what carries such a name elsewhere is not touched.
@@ -40,6 +43,49 @@ def default_output_dir(config: RunConfig) -> Path:
     if config.output_dir is not None:
         return Path(config.output_dir)
     return Path.cwd() / "ftlaunch-runs" / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """Who has an output folder: a process, with what tells it from a later one of its number."""
+
+    pid: int
+    host: str
+    started: str
+    process_started: int
+
+    @property
+    def is_here(self) -> bool:
+        return self.host == socket.gethostname()
+
+    def process(self) -> Process | None:
+        """None when it runs elsewhere, or no more."""
+        found = read_process(self.pid) if self.is_here else None
+        same = found is not None and found.is_alive and found.started == self.process_started
+        return found if same else None
+
+
+def owner_of(folder: Path) -> Owner | None:
+    """Whoever has the folder now. None: nobody, or only the file of a process that has died is left."""
+    try:
+        with open(folder / _OWNER, "rb") as file:
+            raw = json.loads(file.read(4096))
+            owner = Owner(
+                pid=int(raw["pid"]),
+                host=str(raw["host"]),
+                started=str(raw["started"]),
+                process_started=int(raw["process_started"]),
+            )
+            if owner.process() is not None:
+                return owner
+            # Elsewhere, or gone: the lock tells, and is not kept from anybody but for this moment.
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return owner
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 class OutputFolder:
@@ -110,7 +156,14 @@ class OutputFolder:
             return
         owner.truncate(0)
         started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started": started}, owner)
+        process = read_process(os.getpid())
+        me = Owner(
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            started=started,
+            process_started=process.started if process is not None else 0,
+        )
+        json.dump(asdict(me), owner)
         owner.flush()
         self._owner = owner
 

@@ -26,7 +26,7 @@ _OUTSIDE = (__file__, runpy.__file__, "<frozen runpy>", "<string>")
 
 
 def main() -> int:
-    """Arguments: "path" or "module", which one, and the script's own."""
+    """Arguments: "path" or "module", which one, and the script's own; "copy" has a sealed copy first."""
     kind, target, *arguments = sys.argv[1:]
     name_process(f"rank-{os.environ['RANK']}")
     faulthandler.enable()
@@ -40,7 +40,12 @@ def main() -> int:
         # Forked ranks would all draw the same numbers; Python's own generator sees to it itself.
         numpy_random.seed()
     try:
-        (_run_path if kind == "path" else _run_module)(target, arguments)
+        if kind == "module":
+            _run_module(target, arguments)
+        elif kind == "copy":
+            _run_path(arguments[0], arguments[1:], text_path=target)
+        else:
+            _run_path(target, arguments, text_path=target)
     except SystemExit as leave:
         ending.code = _exit_code(leave.code)
         raise
@@ -86,7 +91,8 @@ def _exit_code(code: object) -> int:
     return code & 0xFF if isinstance(code, int) else 1
 
 
-def _run_path(path: str, arguments: list[str]) -> None:
+def _run_path(path: str, arguments: list[str], *, text_path: str) -> None:
+    """As `python PATH` would, with the text of another file: its names and folder are those of `path`."""
     sys.argv = [path, *arguments]
     sys.path.insert(0, str(Path(path).resolve().parent))
     module = types.ModuleType("__main__")
@@ -97,7 +103,9 @@ def _run_path(path: str, arguments: list[str]) -> None:
     vars(module).update(__builtins__=builtins, __cached__=None, __package__=None)
     # The script is what multiprocessing and pickle have to find under this name.
     sys.modules["__main__"] = module
-    code = compile(Path(path).read_bytes(), file, "exec", dont_inherit=True)
+    # Named after the file that was read: a traceback shows its lines.
+    name = file if text_path == path else str(Path(text_path).absolute())
+    code = compile(Path(text_path).read_bytes(), name, "exec", dont_inherit=True)
     exec(code, vars(module))
 
 

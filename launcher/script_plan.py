@@ -40,11 +40,26 @@ _STORE = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
-    """What the user wants run: a file, or a module as for `python -m`."""
+    """What the user wants run: a file, or a module as for `python -m`.
+
+    copy   a file that holds what `target` held when the job was submitted; this is what runs
+    """
 
     kind: Literal["path", "module"]
     target: str
     arguments: tuple[str, ...]
+    copy: str | None = None
+
+    @property
+    def text_path(self) -> str:
+        """Where the text of a file is."""
+        return self.copy or self.target
+
+    def words(self) -> list[str]:
+        """The arguments of `ftlaunch.launcher.script`."""
+        if self.copy is not None:
+            return ["copy", self.copy, self.target, *self.arguments]
+        return [self.kind, self.target, *self.arguments]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +122,7 @@ def check_script(script: Script) -> None:
         if not all(part.isidentifier() for part in script.target.split(".")):
             raise UserError(f"-m {script.target!r}: a module is named like package.module.")
         return
-    path = Path(script.target)
+    path = Path(script.text_path)
     try:
         if path.is_dir():
             raise UserError(f"the script {path} is a folder. Name the file that is to be run.")
@@ -125,7 +140,7 @@ def imports_of(script: Script) -> tuple[str, ...]:
     if script.kind == "module":
         return ("torch",)
     try:
-        tree = ast.parse(Path(script.target).read_bytes())
+        tree = ast.parse(Path(script.text_path).read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError):
         return ()
     found: set[str] = set()
@@ -168,7 +183,7 @@ def script_starts(
                     rank=world.rank,
                     title="",
                     module="ftlaunch.launcher.script",
-                    arguments=[plan.script.kind, plan.script.target, *plan.script.arguments],
+                    arguments=plan.script.words(),
                     env={
                         **world.to_environment(),
                         **_torchrun_variables(plan, world.rank, restart),

@@ -13,10 +13,14 @@ import pytest
 import yaml
 
 from ftlaunch.launcher.cli import (
+    build_cancel_parser,
     build_eval_parser,
+    build_logs_parser,
     build_merge_parser,
     build_parser,
     build_rehearse_parser,
+    build_status_parser,
+    build_submit_parser,
     parse,
     settings_of,
 )
@@ -70,24 +74,30 @@ def imported_by(*args: str) -> set[str]:
 # -- help and flags -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [(), ("eval",), ("rehearse",), ("merge",)])
+BUILDERS = {
+    (): build_parser,
+    ("eval",): build_eval_parser,
+    ("rehearse",): build_rehearse_parser,
+    ("merge",): build_merge_parser,
+    ("submit",): build_submit_parser,
+    ("status",): build_status_parser,
+    ("logs",): build_logs_parser,
+    ("cancel",): build_cancel_parser,
+}
+
+
+@pytest.mark.parametrize("command", BUILDERS)
 def test_help(command):
     result = ftlaunch(*command, "--help", timeout=60)
     assert result.returncode == 0
     assert result.stderr == ""
-    builders = {
-        (): build_parser,
-        ("eval",): build_eval_parser,
-        ("rehearse",): build_rehearse_parser,
-        ("merge",): build_merge_parser,
-    }
-    parser = builders[command]()
+    parser = BUILDERS[command]()
     for action in parser._actions:
         for flag in action.option_strings:
             assert flag in result.stdout
 
 
-@pytest.mark.parametrize("command", [(), ("eval",), ("merge",)])
+@pytest.mark.parametrize("command", [(), ("eval",), ("merge",), ("submit",), ("status",)])
 def test_help_imports_next_to_nothing(command):
     modules = imported_by(*command, "--help")
     assert modules.isdisjoint({"pydantic", "yaml", "numpy", "rich", *FRAMEWORKS})
@@ -110,7 +120,27 @@ def test_the_flags_of_merge_are_frozen():
     assert flags == {"--dtype", "--model", "--verify", "-h", "--help"}
 
 
-@pytest.mark.parametrize("build", [build_parser, build_eval_parser, build_rehearse_parser])
+def test_the_flags_of_submit_are_frozen():
+    """Where the nodes are is SLURM's to say; what else it is asked for are keys."""
+    flags = {flag for action in build_submit_parser()._actions for flag in action.option_strings}
+    slurms = {"--partition", "--time", "--account", "--qos", "--gpus-per-node", "--mem"}
+    assert flags == FLAGS - {"--cluster", "--hostfile", "--version"} | slurms
+
+
+def test_the_flags_about_a_job_are_frozen():
+    flags = {
+        command: {f for action in BUILDERS[command,]()._actions for f in action.option_strings}
+        for command in ("status", "logs", "cancel")
+    }
+    shared = {"-h", "--help"}
+    assert flags == {
+        "status": {"--json"} | shared,
+        "logs": {"--follow", "--rank"} | shared,
+        "cancel": shared,
+    }
+
+
+@pytest.mark.parametrize("build", BUILDERS.values())
 def test_at_most_20_flags_a_command(build):
     assert len([action for action in build()._actions if action.option_strings]) <= 20
 

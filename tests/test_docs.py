@@ -19,7 +19,13 @@ from ftlaunch.cluster import errors
 from ftlaunch.cluster.machine import detect_machine
 from ftlaunch.cluster.rank_pipe import EVENT_FD_VARIABLE, LISTEN_FD_VARIABLE
 from ftlaunch.cluster.world import World
-from ftlaunch.launcher.cli import build_eval_parser, build_merge_parser, build_parser, parse
+from ftlaunch.launcher.cli import (
+    build_eval_parser,
+    build_merge_parser,
+    build_parser,
+    build_submit_parser,
+    parse,
+)
 from ftlaunch.launcher.config import (
     ALIASES,
     RunConfig,
@@ -131,7 +137,7 @@ def test_documented_defaults_are_the_real_ones() -> None:
 def test_documented_meanings_name_every_choice() -> None:
     hints = {
         f"{section}.{name}": hint
-        for section in ("cluster", "model", "data", "train", "checkpoint", "deepspeed")
+        for section in ("cluster", "model", "data", "train", "checkpoint", "deepspeed", "slurm")
         for name, hint in typing.get_type_hints(
             typing.get_type_hints(RunConfig)[section], include_extras=False
         ).items()
@@ -196,6 +202,23 @@ def test_documented_flags() -> None:
         assert keys == ([ALIASES.get(name, name)] if ALIASES.get(name, name) in all_keys() else [])
 
 
+def test_documented_flags_of_submit() -> None:
+    """Those of the main command but three, and some that are keys of the section slurm."""
+    own = {a.dest: a.option_strings[0] for a in build_submit_parser()._actions if a.option_strings}
+    main = {a.dest: a.option_strings[0] for a in build_parser()._actions if a.option_strings}
+    without = {main[name] for name in main.keys() - own.keys()}
+    added = {own[name] for name in own.keys() - main.keys()}
+    assert {name for name in own if name not in main} <= set(all_keys())
+    [sentence] = re.findall(
+        r"`ftlaunch submit` has them without (.*?)see",
+        _section("docs/configuration.md", "Flags"),
+        re.S,
+    )
+    gone, _, new = sentence.partition("and six")
+    assert set(_code(gone)) == without
+    assert {code for code in _code(new) if code.startswith("--")} == added
+
+
 def test_documented_flags_of_merge() -> None:
     documented = set(_table(_section("docs/checkpoints.md", "Merging")))
     flags = {a.option_strings[0] for a in build_merge_parser()._actions if a.option_strings}
@@ -224,8 +247,8 @@ def test_documented_variables_of_a_rank(tmp_path: Path) -> None:
 
 
 def _check_ftlaunch(words: list[str]) -> None:
-    command, arguments = parse(words)
-    for override in () if command == "merge" else arguments.overrides:
+    _, arguments = parse(words)
+    for override in getattr(arguments, "overrides", ()):
         assert override.partition("=")[0] in all_keys(), override
 
 
