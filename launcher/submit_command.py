@@ -95,7 +95,7 @@ def _check(config: RunConfig, script: Script | None, folder: Path) -> None:
     load_task(config.task)
     if config.strategy != "auto":
         entry(config.strategy)
-    if config.train.global_batch_size < cluster.nodes:
+    if config.train.global_batch_size < (cluster.nodes or 1):
         raise UserError(
             f"a global batch of {config.train.global_batch_size} cannot be spread over "
             f"{cluster.nodes} nodes: each rank needs at least one sample. Set "
@@ -124,7 +124,7 @@ def _batch_job(config: RunConfig, folder: Path, lead: int) -> BatchJob:
         folder=inside,
         code=submission.CODE,
         log=f"../logs/{LOG_PATTERN}",
-        num_nodes=config.cluster.nodes,
+        num_nodes=config.cluster.nodes or 1,
         lead_seconds=lead,
         requeue=config.slurm.requeue,
         function=run_sealed,
@@ -160,7 +160,11 @@ def _plan(
     rows = [
         ("job", what, ""),
         ("output", str(folder), ""),
-        ("nodes", nodes, "" if config.cluster.nodes > 1 else "one, unless --nodes says more"),
+        (
+            "nodes",
+            nodes,
+            "" if (config.cluster.nodes or 1) > 1 else "one, unless --nodes says more",
+        ),
         ("asked for", asked or "nothing more", "the site's defaults for all else"),
         ("told", f"{lead} s", f"before the time limit: {why_lead}"),
         ("requeued", requeue, ""),
