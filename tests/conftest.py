@@ -66,3 +66,21 @@ def _own_caches(tmp_path_factory):
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def slurm(_own_caches):
+    """A SLURM of four nodes, started for the first test that asks. A test leaves it idle."""
+    from tests import beds
+
+    with beds.slurm_cluster() as bed:
+        yield bed
+
+
+@pytest.fixture(scope="session")
+def ssh_hosts(_own_caches):
+    """Four hosts that ssh reaches from a fifth, started for the first test that asks."""
+    from tests import beds
+
+    with beds.ssh_cluster() as bed:
+        yield bed
