@@ -40,9 +40,12 @@ from ftlaunch.cluster.gathering import (
     connect,
     gather,
     inspect_nodes,
+    meet,
+    why_unreachable,
 )
 from ftlaunch.cluster.linux import Process, read_process
 from ftlaunch.cluster.machine import Machine
+from ftlaunch.cluster.mesh import Unreached, find_unreached
 from ftlaunch.cluster.nodes import Nodes
 from ftlaunch.cluster.transport import Orders, Way
 
@@ -120,6 +123,32 @@ class Coordinator:
         hellos = gather(self._nodes, self._note)
         self._hellos = hellos or []
         return [Machine.from_dict(hello.machine) for hello in self._hellos]
+
+    def meet(self) -> tuple[dict[int, Machine], dict[int, str]] | None:
+        """As `machines`, whoever is missing: who is there, and why the others cannot be used.
+
+        Goes on with those who are there, numbered anew in their order. None when a stop was asked for.
+        """
+        met = meet(self._nodes, self._note)
+        if met is None:
+            return None
+        found: dict[int, Machine] = {}
+        reasons: dict[int, str] = {}
+        for number, node in enumerate(self._nodes):
+            if number not in met.hellos:
+                reasons[number] = why_unreachable(node)
+                continue
+            try:
+                found[number] = Machine.from_dict(met.hellos[number].machine)
+            except ValueError as error:
+                reasons[number] = f"another version of ftlaunch is installed there ({error})"
+        self._nodes.keep(list(found))
+        self._hellos = [met.hellos[number] for number in found]
+        return found, reasons
+
+    def find_unreached(self, network: Network | None) -> list[Unreached]:
+        """Which nodes do not reach which, by the interfaces of `network` or, without one, at all."""
+        return find_unreached(self._nodes, self._hellos, network, self._note)
 
     def connect(self) -> Network:
         """Where the ranks can meet. UserError when the nodes do not reach each other."""

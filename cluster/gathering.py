@@ -6,7 +6,7 @@ Each function asks all nodes at once and waits for the last answer, within a lim
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,11 +54,16 @@ class Inspection:
     is_seen: bool
 
 
-def gather(nodes: Nodes, note: OnEvent) -> list[Hello] | None:
-    """Wait until every agent has said hello; None when the user has asked to stop meanwhile.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meeting:
+    """Whose agents have said hello, and the nodes whose agents were lost before; by number."""
 
-    UserError that names every node that cannot be reached, JobError for a lost agent of this machine.
-    """
+    hellos: Mapping[int, Hello]
+    lost: frozenset[int]
+
+
+def meet(nodes: Nodes, note: OnEvent) -> Meeting | None:
+    """Wait until every agent has said hello or is lost; None when the user has asked to stop."""
     found: dict[int, Hello] = {}
     missing: set[int] = set()
     for number, event in nodes.poll_until(
@@ -66,24 +71,35 @@ def gather(nodes: Nodes, note: OnEvent) -> list[Hello] | None:
     ):
         if event is None:
             missing.add(number)
+            found.pop(number, None)
         elif isinstance(event, Hello):
             found[number] = event
         else:
             note(number, event)
     if nodes.signals.count:
         return None
-    if len(found) < len(nodes):
-        raise _incomplete(nodes, found.keys(), missing)
-    return [found[number] for number in sorted(found)]
+    return Meeting(hellos=dict(sorted(found.items())), lost=frozenset(missing))
 
 
-def _incomplete(nodes: Nodes, found: Sequence[int] | object, missing: set[int]) -> Exception:
-    lost = [nodes[number] for number in sorted(missing)]
+def gather(nodes: Nodes, note: OnEvent) -> list[Hello] | None:
+    """Wait until every agent has said hello; None when the user has asked to stop meanwhile.
+
+    UserError that names every node that cannot be reached, JobError for a lost agent of this machine.
+    """
+    met = meet(nodes, note)
+    if met is None:
+        return None
+    if len(met.hellos) < len(nodes):
+        raise _incomplete(nodes, met)
+    return list(met.hellos.values())
+
+
+def _incomplete(nodes: Nodes, met: Meeting) -> Exception:
+    lost = [nodes[number] for number in sorted(met.lost)]
     here = [node for node in lost if node.kind == "local"]
     if here:
         return agent_lost(here[0])
-    assert isinstance(found, type({}.keys()))
-    silent = [node for number, node in enumerate(nodes) if number not in found]
+    silent = [node for number, node in enumerate(nodes) if number not in met.hellos]
     lines = [f"{len(silent)} of {len(nodes)} nodes cannot be used, so nothing was started:"]
     lines += [f"  {node.name}: {why_unreachable(node)}" for node in silent]
     return (UserError if lost else JobError)("\n".join(lines))
@@ -94,8 +110,8 @@ def why_unreachable(node: Node) -> str:
     words = _last_words(node.log_path)
     if node.lost is None:
         return f"no answer within {_HELLO_SECONDS:.0f} s{_quote(words)}"
-    advise = {"ssh": ssh.advice, "slurm": slurm.advice}[node.kind]
-    remedy = advise(node.name, words) or _python_advice(node.name, words)
+    advise = {"ssh": ssh.advice, "slurm": slurm.advice}.get(node.kind)
+    remedy = (advise(node.name, words) if advise else "") or _python_advice(node.name, words)
     if not remedy and node.kind == "ssh" and "exit code 255" not in node.lost:
         remedy = (
             f"the login shell ended before anything of ours: does `ssh {node.name} true` work? Look "

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-_COMMANDS = ("eval", "rehearse", "merge")
+_COMMANDS = ("eval", "rehearse", "merge", "doctor")
 _EPILOG = """\
 Everything else is KEY=VALUE, for example train.learning_rate=2e-5 train.num_train_epochs=3
 (all keys: docs/configuration.md), or stands in a YAML file given by --config.
@@ -18,6 +18,7 @@ Everything else is KEY=VALUE, for example train.learning_rate=2e-5 train.num_tra
   ftlaunch eval out --dataset DIR                 evaluates alone, writes predictions.jsonl
   ftlaunch --nodes 2 script.py --its-own args     your own script on every rank
   ftlaunch merge out merged/                      a checkpoint as a model, also DeepSpeed's, MindSpore's
+  ftlaunch doctor --hostfile hosts -o out         what is on every node, whether a job would run
   ftlaunch rehearse --nodes 4 --fault kill-rank:3@step5       any of these, with faults on purpose
 
 Exit codes: 0 done, 1 the job failed, 2 a mistake in what was asked for, 75 stopped on request
@@ -58,7 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
         "       ftlaunch [flags] [KEY=VALUE ...] SCRIPT.py [its own arguments]\n"
         "       ftlaunch eval OUT_OR_MODEL [flags] [KEY=VALUE ...]\n"
         "       ftlaunch merge [--verify] SOURCE TARGET [flags]\n"
-        "       ftlaunch rehearse --fault FAULT [flags] [KEY=VALUE ...] [SCRIPT.py ...]",
+        "       ftlaunch rehearse --fault FAULT [flags] [KEY=VALUE ...] [SCRIPT.py ...]\n"
+        "       ftlaunch doctor [flags] [KEY=VALUE ...]",
         description="Fine-tune a pretrained model on every device there is.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -129,6 +131,20 @@ def build_merge_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def build_doctor_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="ftlaunch doctor",
+        usage="ftlaunch doctor [flags] [KEY=VALUE ...]",
+        description="Say what is on every node, whether they fit together, and how fast they talk.",
+        epilog="Exit codes: 0 a job would run, 1 it would fail, 2 a mistake in what was asked for.",
+        allow_abbrev=False,
+    )
+    _add_shared_flags(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
+    return parser
+
+
 def _add_shared_flags(parser: argparse.ArgumentParser, *, model: bool = True) -> None:
     add = parser.add_argument
     add("--nodes", type=int, metavar="N", help="nodes (without a cluster: processes here)")
@@ -156,6 +172,7 @@ _NOT_SETTINGS = (
     "module",
     "script",
     "fault",
+    "json",
 )
 
 
@@ -172,6 +189,8 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
     """(command, its arguments). argparse itself ends with exit code 2 for a flag it does not know."""
     if argv and argv[0] == "eval":
         return argv[0], build_eval_parser().parse_intermixed_args(list(argv[1:]))
+    if argv and argv[0] == "doctor":
+        return argv[0], build_doctor_parser().parse_intermixed_args(list(argv[1:]))
     if argv and argv[0] == "merge":
         arguments = build_merge_parser().parse_args(list(argv[1:]))
         if arguments.verify and (arguments.dtype or arguments.model):
@@ -216,6 +235,10 @@ def _function_of(command: str) -> Callable[[argparse.Namespace, dict[str, Any]],
         from ftlaunch.launcher.merge_command import merge
 
         return merge
+    if command == "doctor":
+        from ftlaunch.launcher.doctor import doctor
+
+        return doctor
     from ftlaunch.launcher.commands import evaluate, rehearse, train
 
     return {"run": train, "eval": evaluate, "rehearse": rehearse}[command]
