@@ -20,6 +20,7 @@ from ftlaunch.strategies.registry import STRATEGIES
 # Ranks that differ in one of these compute something else, or do not understand each other.
 _MUST_AGREE = ("torch", "torch_cuda", "mindspore", "deepspeed", "transformers", "mindone")
 _SHOULD_AGREE = ("driver", "cann", "datasets")
+_NONE = "none"
 _MAX_SECONDS_APART = 2.0
 _LITTLE_BYTES = 1 << 30
 # By CUDA's major version, of which any minor one runs then:
@@ -44,16 +45,16 @@ def refuse(findings: Sequence[Finding]) -> list[str]:
 
 
 def compare_machines(site: Site, machines: Sequence[Machine]) -> list[Finding]:
-    """What differs between the nodes."""
+    """What differs between the nodes. That one lacks what the job does not need is no difference."""
     findings = []
     pythons = [".".join(machine.versions.get("python", "?").split(".")[:2]) for machine in machines]
     for name, values, fatal in [
         ("python", pythons, True),
         ("ftlaunch (its code)", [machine.code_fingerprint for machine in machines], True),
-        *((n, [m.versions.get(n, "none") for m in machines], True) for n in _MUST_AGREE),
-        *((n, [m.versions.get(n, "none") for m in machines], False) for n in _SHOULD_AGREE),
+        *((n, [m.versions.get(n, _NONE) for m in machines], True) for n in _MUST_AGREE),
+        *((n, [m.versions.get(n, _NONE) for m in machines], False) for n in _SHOULD_AGREE),
     ]:
-        if len(set(values)) > 1:
+        if len({*values} - {_NONE}) > 1:
             rows = [(host.name, value) for host, value in zip(site.hosts, values, strict=True)]
             remedy = (
                 "Ranks that differ in it compute something else, or do not understand each other. "

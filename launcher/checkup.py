@@ -14,8 +14,24 @@ from ftlaunch.launcher.layout import table
 from ftlaunch.launcher.wording import one_line
 
 _NOTHING = "-"
-# Shown in every table, though nothing is there to be shown.
-_ALWAYS = ("node", "host", "devices", "memory", "python", "ftlaunch", "free", "folder", "clock")
+# The columns, and where a machine has what they show, if it is a version; "": always shown.
+_COLUMNS = {
+    "node": "",
+    "host": "",
+    "devices": "",
+    "memory": "",
+    "driver": "driver",
+    "CUDA": "torch_cuda",
+    "CANN": "cann",
+    "python": "python",
+    "torch": "torch",
+    "mindspore": "mindspore",
+    "deepspeed": "deepspeed",
+    "ftlaunch": "",
+    "free": "",
+    "folder": "",
+    "clock": "",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,20 +170,31 @@ def _shares(inspection: Inspection) -> bool:
 
 
 def _node_lines(nodes: Sequence[NodeReport]) -> list[str]:
-    lines = []
-    if there := [_row(node.name, node.machine, node) for node in nodes if node.machine]:
-        shown = [n for n in there[0] if n in _ALWAYS or any(row[n] != _NOTHING for row in there)]
-        lines = table([shown, *([row[name] for name in shown] for row in there)]).splitlines()
-    if away := [node for node in nodes if node.machine is None]:
-        lines += [""] if lines else []
-        lines.append(f"{len(away)} of {len(nodes)} nodes cannot be used:")
-        lines += table([(node.name, one_line(node.reason)) for node in away]).splitlines()
-    return lines
+    """A row for each node; of one that cannot be used the row says why."""
+    rows = [_row(node.name, node.machine, node) for node in nodes if node.machine is not None]
+    shown = [
+        name
+        for name, version in _COLUMNS.items()
+        if not version or any(row[name] != _NOTHING for row in rows)
+    ]
+    width = max(len("node"), *(len(node.name) for node in nodes))
+    header = ["node".ljust(width), *shown[1:]]
+    lines = table([header, *([row[name] for name in shown] for row in rows)]).splitlines()
+    rest = iter(lines[1:])
+    return [
+        lines[0],
+        *(
+            next(rest)
+            if node.machine is not None
+            else f"  {node.name:<{width}}  cannot be used: {one_line(node.reason)}"
+            for node in nodes
+        ),
+    ]
 
 
 def _row(name: str, machine: Machine, node: NodeReport) -> dict[str, str]:
-    versions = {key: one_line(value) for key, value in machine.versions.items()}
     memory = f"{machine.device_memory_bytes / 2**30:.0f} GiB"
+    version = one_line(machine.versions.get("ftlaunch", "?"))
     each = node.inspection
     free = None if each is None else each.found.free_bytes
     return {
@@ -175,14 +202,12 @@ def _row(name: str, machine: Machine, node: NodeReport) -> dict[str, str]:
         "host": one_line(machine.hostname),
         "devices": f"{machine.num_devices} × {one_line(machine.device_name)}",
         "memory": memory if machine.device_memory_bytes else _NOTHING,
-        "driver": versions.get("driver", _NOTHING),
-        "CUDA": versions.get("torch_cuda", _NOTHING),
-        "CANN": versions.get("cann", _NOTHING),
-        "python": versions.get("python", _NOTHING),
-        "torch": versions.get("torch", _NOTHING),
-        "mindspore": versions.get("mindspore", _NOTHING),
-        "deepspeed": versions.get("deepspeed", _NOTHING),
-        "ftlaunch": f"{versions.get('ftlaunch', '?')} ({machine.code_fingerprint})",
+        **{
+            column: one_line(machine.versions.get(key, _NOTHING))
+            for column, key in _COLUMNS.items()
+            if key
+        },
+        "ftlaunch": f"{version} ({machine.code_fingerprint})",
         "free": _NOTHING if free is None else f"{free / 1e9:,.1f} GB",
         "folder": _NOTHING if each is None else _folder_in_words(each),
         "clock": _NOTHING if each is None else f"{each.seconds_ahead:+.1f} s",
@@ -211,13 +236,14 @@ def _network_lines(network: Network | None, unreached: Sequence[Unreached]) -> l
         lines += ["", *table(rows).splitlines()]
         if len(unreached) > 24:
             lines.append(f"  and {len(unreached) - 24} more")
+        lines.append("")
     return lines
 
 
 def _speed_lines(exchanged: Exchanged) -> list[str]:
     if exchanged.skipped:
         return [f"all-reduce  skipped: {exchanged.skipped}"]
-    what = f"{exchanged.backend}, {exchanged.world_size} ranks on {exchanged.num_nodes} node(s)"
+    what = f"{exchanged.backend}, {exchanged.world_size} ranks on {exchanged.num_nodes} nodes"
     lines = [f"all-reduce  {what}: {'the sums are right' if exchanged.works else 'failed'}"]
     if exchanged.speeds:
         rows = [("size", "time", "bus bandwidth")]

@@ -145,8 +145,13 @@ class _Doctor:
             raise _Stopped
         self._machines, self._reasons = met
         self._clock("meet")
-        for number, reason in self._reasons.items():
-            self._fail(f"{self._site.hosts[number].name} cannot be used: {reason}")
+        if self._reasons:
+            names = ", ".join(self._site.hosts[number].name for number in self._reasons)
+            self._fail(
+                f"{len(self._reasons)} of {len(self._site.hosts)} nodes cannot be used: {names}. A "
+                "job is started when every node is there: mend what is said of them, or leave them "
+                "out."
+            )
 
     def _look(self, coordinator: Coordinator) -> None:
         """At the nodes that are there."""
@@ -177,7 +182,7 @@ class _Doctor:
         # As much is checked before every job on several machines; what follows is the doctor's.
         self._seconds["quick"] = time.monotonic() - started
         self._unreached = coordinator.find_unreached(self._network)
-        self._need_time(coordinator)
+        self._heed_stop(coordinator)
         if self._unreached:
             pairs = "; ".join(f"{each.node} to {each.other}" for each in self._unreached[:8])
             more = len(self._unreached) - 8
@@ -187,7 +192,7 @@ class _Doctor:
                 "them (firewall, routes, VLAN), or leave such a node out."
             )
         self._exchange(coordinator, plan, site)
-        self._need_time(coordinator)
+        self._heed_stop(coordinator)
 
     def _plan(self, site: Site, machines: Sequence[Machine]) -> LaunchPlan | None:
         """Of ranks as a job would have them; what a job's own plan says against it is a problem."""
@@ -221,7 +226,7 @@ class _Doctor:
                 "choose another with --output-dir."
             )
             return
-        self._need_time(coordinator)
+        self._heed_stop(coordinator)
         self._inspections = dict(zip(numbers, inspections, strict=True))
         self._findings += judge_inspections(site, str(self._folder), inspections)
 
@@ -230,7 +235,7 @@ class _Doctor:
             self._network = coordinator.connect()
         except UserError as error:
             self._fail(str(error))
-        self._need_time(coordinator)
+        self._heed_stop(coordinator)
 
     def _exchange(self, coordinator: Coordinator, plan: LaunchPlan | None, site: Site) -> None:
         if plan is None:
@@ -263,7 +268,7 @@ class _Doctor:
     def _clock(self, part: str) -> None:
         self._seconds[part] = time.monotonic() - self._started
 
-    def _need_time(self, coordinator: Coordinator) -> None:
+    def _heed_stop(self, coordinator: Coordinator) -> None:
         if coordinator.stop_requested:
             raise _Stopped
 

@@ -32,13 +32,15 @@ from ftlaunch.strategies.exchange import (
 )
 from ftlaunch.strategies.registry import entry
 
-# From the last sign of a rank; a collective gives up by itself a little earlier.
+# From the last sign of a rank; the collectives give up by themselves a little earlier.
 _EXCHANGE_SECONDS = 60.0
+_BEYOND_SECONDS = 10.0
 # Until the first sign: importing a framework from a slow file system takes its time.
 _IMPORT_SECONDS = 240.0
 _NOWHERE = Path(os.devnull)
 _WORKER = "ftlaunch.launcher.exchange_worker"
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "ascend": "hccl"}
+_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME")
 _STAGES_IN_WORDS = {
     "": "did not come to life",
     "begun": "did not meet the others",
@@ -92,17 +94,18 @@ def run_exchange_test(
     scheduled = entry(plan.strategy).scheduler
     port = coordinator.bind(network.address, plan.cluster.port, listens=not scheduled)
     heard = _Heard()
+    limit = _limit(plan)
 
     def take(rank: int, payload: Mapping[str, Any]) -> None:
         heard.take(rank, payload)
         if len(heard.stages) == plan.world_size:
-            coordinator.allowance = _EXCHANGE_SECONDS + 10
+            coordinator.allowance = limit + _BEYOND_SECONDS
 
     coordinator.allowance = _IMPORT_SECONDS
     with hccl_variables(
         here,
         os.environ,
-        timeout_seconds=_EXCHANGE_SECONDS,
+        timeout_seconds=limit,
         port=port,
         is_here=site.is_one_machine,
     ) as variables:
@@ -129,6 +132,10 @@ def run_exchange_test(
     return exchanged, findings
 
 
+def _limit(plan: LaunchPlan) -> float:
+    return min(_EXCHANGE_SECONDS, plan.cluster.collective_timeout_seconds)
+
+
 def _module(plan: LaunchPlan) -> str:
     package = entry(plan.strategy).package
     framework = "mindspore" if package == "mindspore" else "torch"
@@ -141,7 +148,7 @@ def _starts(
     """The ranks of a job, but for what they do and where they write."""
     # Not in the output folder, which may be what is wrong; a name that nobody can foresee.
     token = secrets.token_hex(8)
-    timed = {"timeout_seconds": _EXCHANGE_SECONDS, "sizes": sizes_for(plan.accelerator)}
+    timed = {"timeout_seconds": _limit(plan), "sizes": sizes_for(plan.accelerator)}
 
     def changed(start: RankStart, node: int, local_rank: int) -> RankStart:
         if start.rank < 0:
@@ -199,12 +206,7 @@ def _failure(outcome: Outcome, heard: _Heard, plan: LaunchPlan, network: Network
     else:
         lines.append(f"all ranks alike: they {_STAGES_IN_WORDS[stage]}")
     if plan.num_nodes > 1 and network.interfaces[0] != "lo":
-        used = dict(zip((host.name for host in plan.hosts), network.interfaces, strict=True))
-        lines.append(
-            f"It goes through {_by_interface(used)}. Every node has to reach every other one there, "
-            "on any TCP port: look at firewalls; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name "
-            "another interface; NCCL_DEBUG=INFO has NCCL say what it tries."
-        )
+        lines.append(_where_it_goes(plan, network, os.environ))
     return Finding(fatal=True, text="\n".join(lines))
 
 
@@ -213,7 +215,24 @@ def _who(plan: LaunchPlan, ranks: Sequence[int]) -> str:
     return ", ".join(f"rank {rank} on {names[rank]}" for rank in ranks[:8])
 
 
-def _by_interface(used: Mapping[str, str]) -> str:
-    if len(set(used.values())) == 1:
-        return f"{next(iter(used.values()))} on every node"
-    return ", ".join(f"{interface} on {name}" for name, interface in list(used.items())[:16])
+def _where_it_goes(plan: LaunchPlan, network: Network, environ: Mapping[str, str]) -> str:
+    """Every node reached every other one by TCP: what is left to look at."""
+    chosen = [f"{name}={environ[name]}" for name in _INTERFACE_VARIABLES if name in environ]
+    if chosen:
+        return (
+            f"{', '.join(chosen)} is set and goes before the interface that was found to lead to "
+            f"the other nodes ({_by_interface(plan, network)}): unset it."
+        )
+    return (
+        f"It goes through {_by_interface(plan, network)}, where every node reached every other one on "
+        "a port of ours. Look for firewalls that let only some ports through, and for nodes whose "
+        "interfaces have different MTUs; NCCL_DEBUG=INFO has NCCL say what it tries."
+    )
+
+
+def _by_interface(plan: LaunchPlan, network: Network) -> str:
+    if len(set(network.interfaces)) == 1:
+        return f"{network.interfaces[0]} on every node"
+    names = [host.name for host in plan.hosts]
+    pairs = list(zip(network.interfaces, names, strict=True))[:16]
+    return ", ".join(f"{interface} on {name}" for interface, name in pairs)
