@@ -302,13 +302,23 @@ class Coordinator:
             if self._nodes[number].lost is None:
                 self._nodes.give_up(number, "did not end its ranks in time")
 
-    def _find_out_who(self, attempt: Attempt) -> None:
+    def who_holds_up(self, on_message: OnMessage) -> str:
+        """While ranks run (on_tick): which of them the others wait for, in words."""
+        assert self._attempt is not None
+        self._find_out_who(self._attempt, on_message)
+        return self._attempt.odd_ranks()[1]
+
+    def _find_out_who(
+        self, attempt: Attempt, on_message: OnMessage = lambda rank, payload: None
+    ) -> None:
         """Have every rank say where it is."""
         self._nodes.tell(AskStacks())
         for number, event in self._nodes.poll_until(_STACK_SECONDS, lambda: bool(attempt.silent)):
-            if event is not None:
-                offset = self._nodes[number].clock.offset
-                attempt.take(number, event, offset, lambda rank, payload: None)
+            node = self._nodes[number]
+            if event is None:
+                attempt.lose_node(number, node.lost or "gone")
+            else:
+                attempt.take(number, event, node.clock.offset, on_message)
 
     def _note(self, number: int, event: Event) -> None:
         if isinstance(event, Started):

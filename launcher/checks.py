@@ -97,9 +97,13 @@ def judge_machines(
 
 def _lacking(site: Site, machines: Sequence[Machine], strategy: str) -> list[Finding]:
     """The packages of the strategy, or of the one that most of the nodes could run."""
-    names = [strategy] if strategy != "auto" else list(STRATEGIES)
+    named = STRATEGIES.get(strategy)
     kinds = {machine.accelerator for machine in machines}
-    fitting = [STRATEGIES[name] for name in names if kinds & set(STRATEGIES[name].accelerators)]
+    fitting = [
+        each
+        for each in ([named] if named else STRATEGIES.values())
+        if kinds & {*each.accelerators} and (named or each.zero_stage is None)
+    ]
     if not fitting:
         return []
     chosen = max(fitting, key=lambda each: sum(each.package in m.versions for m in machines))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,13 +53,19 @@ _STAGES_IN_WORDS = {
 
 @dataclass(slots=True)
 class _Heard:
-    """What the ranks have said: how far they are, the seconds by size, what they printed."""
+    """What the ranks have said: how far they are, the seconds by size, what they printed.
+
+    held_up   where they were while they waited, in words; None: they never waited long
+    """
 
     stages: dict[int, str] = field(default_factory=dict)
     seconds: dict[int, dict[int, float]] = field(default_factory=dict)
+    heard_at: float = field(default_factory=time.monotonic)
+    held_up: str | None = None
     output: dict[int, list[str]] = field(default_factory=dict)
 
     def take(self, rank: int, payload: Mapping[str, Any]) -> None:
+        self.heard_at = time.monotonic()
         kind, stage = payload.get("kind"), payload.get("stage")
         if kind == KIND_STAGE and stage in STAGES:
             self.stages[rank] = str(stage)
@@ -101,7 +109,14 @@ def run_exchange_test(
         if len(heard.stages) == plan.world_size:
             coordinator.allowance = limit + _BEYOND_SECONDS
 
+    def watch() -> None:
+        """Ask before the framework gives up: it says who lost patience, not whom it waited for."""
+        waits = time.monotonic() - heard.heard_at > limit / 2
+        if waits and heard.held_up is None and len(heard.stages) == plan.world_size:
+            heard.held_up = coordinator.who_holds_up(take)
+
     coordinator.allowance = _IMPORT_SECONDS
+    coordinator.on_tick = watch
     with hccl_variables(
         here,
         os.environ,
@@ -201,10 +216,10 @@ def _failure(outcome: Outcome, heard: _Heard, plan: LaunchPlan, network: Network
         if not first.traceback and any(words):
             lines[0] += f" ({' / '.join([word for word in words if word][-3:])[:400]})"
     late, stage = behind(heard.stages, plan.world_size)
-    if len(late) < plan.world_size:
-        lines.append(f"{_who(plan, late)} {_STAGES_IN_WORDS[stage]}; all others got further")
-    else:
-        lines.append(f"all ranks alike: they {_STAGES_IN_WORDS[stage]}")
+    who = _who(plan, late) if len(late) < plan.world_size else "all ranks"
+    lines.append(f"How far they came: {who} {_STAGES_IN_WORDS[stage]}.")
+    if heard.held_up:
+        lines.append(f"What was seen while they waited: {_with_nodes(plan, heard.held_up)}.")
     if plan.num_nodes > 1 and network.interfaces[0] != "lo":
         lines.append(_where_it_goes(plan, network, os.environ))
     return Finding(fatal=True, text="\n".join(lines))
@@ -213,6 +228,12 @@ def _failure(outcome: Outcome, heard: _Heard, plan: LaunchPlan, network: Network
 def _who(plan: LaunchPlan, ranks: Sequence[int]) -> str:
     names = [host.name for host in plan.hosts for _ in range(host.num_devices)]
     return ", ".join(f"rank {rank} on {names[rank]}" for rank in ranks[:8])
+
+
+def _with_nodes(plan: LaunchPlan, words: str) -> str:
+    """Words about ranks, with the node of each."""
+    names = [host.name for host in plan.hosts for _ in range(host.num_devices)]
+    return re.sub(r"\brank (\d+)", lambda m: f"{m[0]} on {names[int(m[1])]}", words)
 
 
 def _where_it_goes(plan: LaunchPlan, network: Network, environ: Mapping[str, str]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from ftlaunch.cluster.errors import EXIT_DONE, EXIT_FAILED, FtlaunchError
 from ftlaunch.cluster.linux import name_process
 from ftlaunch.cluster.rank_pipe import LISTEN_FD_VARIABLE, RankPipe, failure_payload
+from ftlaunch.cluster.stacks import answer_stack_signal
 from ftlaunch.cluster.world import World
 from ftlaunch.strategies.exchange import ExchangeRequest, run_exchange
 
@@ -23,6 +24,7 @@ def main() -> int:
     """Never returns: teardown of a framework must not turn a good test into a failed one."""
     name_process(f"rank-{os.environ['RANK']}")
     faulthandler.enable()
+    answer_stack_signal()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = RankPipe.from_environment()
     code = EXIT_FAILED
