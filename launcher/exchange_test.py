@@ -43,11 +43,12 @@ _NOWHERE = Path(os.devnull)
 _WORKER = "ftlaunch.launcher.exchange_worker"
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "ascend": "hccl"}
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME")
-_STAGES_IN_WORDS = {
-    "": "did not come to life",
-    "begun": "did not meet the others",
-    "joined": "did not finish the first sum",
-    "added": "did not finish the sums that are timed",
+# What a rank that is at a stage has not done yet.
+_MISSED = {
+    "": ("come to life", "came to life"),
+    "begun": ("meet the others", "met the others"),
+    "joined": ("finish the first sum", "finished the first sum"),
+    "added": ("finish the sums that are timed", "finished the sums that are timed"),
 }
 
 
@@ -216,8 +217,11 @@ def _failure(outcome: Outcome, heard: _Heard, plan: LaunchPlan, network: Network
         if not first.traceback and any(words):
             lines[0] += f" ({' / '.join([word for word in words if word][-3:])[:400]})"
     late, stage = behind(heard.stages, plan.world_size)
-    who = _who(plan, late) if len(late) < plan.world_size else "all ranks"
-    lines.append(f"How far they came: {who} {_STAGES_IN_WORDS[stage]}.")
+    missed, done = _MISSED[stage]
+    if len(late) < plan.world_size:
+        lines.append(f"{_who(plan, late)} did not {missed}, unlike the others.")
+    else:
+        lines.append(f"No rank {done}.")
     if heard.held_up:
         lines.append(f"What was seen while they waited: {_with_nodes(plan, heard.held_up)}.")
     if plan.num_nodes > 1 and network.interfaces[0] != "lo":

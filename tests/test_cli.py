@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from ftlaunch.launcher.cli import (
+    build_doctor_parser,
     build_eval_parser,
     build_merge_parser,
     build_parser,
@@ -70,7 +71,7 @@ def imported_by(*args: str) -> set[str]:
 # -- help and flags -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [(), ("eval",), ("rehearse",), ("merge",)])
+@pytest.mark.parametrize("command", [(), ("eval",), ("rehearse",), ("merge",), ("doctor",)])
 def test_help(command):
     result = ftlaunch(*command, "--help", timeout=60)
     assert result.returncode == 0
@@ -80,6 +81,7 @@ def test_help(command):
         ("eval",): build_eval_parser,
         ("rehearse",): build_rehearse_parser,
         ("merge",): build_merge_parser,
+        ("doctor",): build_doctor_parser,
     }
     parser = builders[command]()
     for action in parser._actions:
@@ -87,7 +89,7 @@ def test_help(command):
             assert flag in result.stdout
 
 
-@pytest.mark.parametrize("command", [(), ("eval",), ("merge",)])
+@pytest.mark.parametrize("command", [(), ("eval",), ("merge",), ("doctor",)])
 def test_help_imports_next_to_nothing(command):
     modules = imported_by(*command, "--help")
     assert modules.isdisjoint({"pydantic", "yaml", "numpy", "rich", *FRAMEWORKS})
@@ -110,7 +112,16 @@ def test_the_flags_of_merge_are_frozen():
     assert flags == {"--dtype", "--model", "--verify", "-h", "--help"}
 
 
-@pytest.mark.parametrize("build", [build_parser, build_eval_parser, build_rehearse_parser])
+def test_the_flags_of_the_doctor_are_frozen():
+    """Those that say what a job is and where it runs, and one of its own."""
+    flags = {flag for action in build_doctor_parser()._actions for flag in action.option_strings}
+    of_running = {"--dry-run", "--overwrite", "--max-restarts", "-m", "--version"}
+    assert flags == (FLAGS - of_running) | {"--json"}
+
+
+@pytest.mark.parametrize(
+    "build", [build_parser, build_eval_parser, build_rehearse_parser, build_doctor_parser]
+)
 def test_at_most_20_flags_a_command(build):
     assert len([action for action in build()._actions if action.option_strings]) <= 20
 

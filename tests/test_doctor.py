@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import venv
 from dataclasses import replace
 from pathlib import Path
@@ -365,6 +366,8 @@ def test_a_rank_that_hangs_is_named(tmp_path):
         def hangs() -> bool:
             for pid in processes_of(tmp_path):
                 if process_name_of(pid) == "rank-1":
+                    # Time to say that it has begun; the whole test takes several times as long.
+                    time.sleep(0.05)
                     os.kill(pid, signal.SIGSTOP)
                     return True
             return False
