@@ -14,11 +14,10 @@ from types import TracebackType
 from typing import Any
 
 from ftlaunch.cluster.attempt import Attempt, OnMessage, Outcome
-from ftlaunch.cluster.errors import JobError, UserError
+from ftlaunch.cluster.errors import JobError
 from ftlaunch.cluster.events import (
     AskStacks,
     Bind,
-    Bound,
     Event,
     Exited,
     Hello,
@@ -27,7 +26,6 @@ from ftlaunch.cluster.events import (
     Output,
     Prepare,
     RankStart,
-    Refused,
     ServerReady,
     Start,
     Started,
@@ -36,11 +34,11 @@ from ftlaunch.cluster.events import (
 from ftlaunch.cluster.gathering import (
     Inspection,
     Network,
-    agent_lost,
     connect,
     gather,
+    hold_port_on,
+    incomplete,
     inspect_nodes,
-    meet,
     why_unreachable,
 )
 from ftlaunch.cluster.linux import Process, read_process
@@ -63,6 +61,7 @@ class Coordinator:
     allowance   seconds that may pass without a message of any rank; None: any number. The caller
                 changes it as the work does
     on_tick     called several times a second while ranks run
+    present     the numbers of the nodes that take part; None until they have been met
     ranks, servers, agents    the processes of this machine, for whoever rehearses faults
     """
 
@@ -75,7 +74,8 @@ class Coordinator:
         self._attempt: Attempt | None = None
         self._heard_at = 0.0
         self._node_of_rank: dict[int, int] = {}
-        self._hellos: list[Hello] = []
+        self._hellos: dict[int, Hello] = {}
+        self.present: tuple[int, ...] | None = None
         self.allowance: float | None = None
         self.on_tick: Callable[[], None] = lambda: None
         self.ranks: dict[int, Process | None] = {}
@@ -96,6 +96,12 @@ class Coordinator:
     @property
     def stop_requested(self) -> bool:
         return self._signals.count > 0
+
+    @property
+    def stop_signal(self) -> str | None:
+        """By which a stop was asked for first, of the user or of a scheduler: "SIGUSR1"."""
+        first = self._signals.first
+        return signal.Signals(first).name if first is not None else None
 
     @property
     def hurried(self) -> bool:
@@ -119,31 +125,42 @@ class Coordinator:
     # -- before the ranks -------------------------------------------------------------------
 
     def machines(self) -> list[Machine]:
-        """Wait until every agent has said what its machine is; none when a stop was asked for."""
-        hellos = gather(self._nodes, self._note)
-        self._hellos = hellos or []
-        return [Machine.from_dict(hello.machine) for hello in self._hellos]
+        """Wait until every agent has said what its machine is; none when a stop was asked for.
 
-    def meet(self) -> tuple[dict[int, Machine], dict[int, str]] | None:
+        UserError that names every node that cannot be reached.
+        """
+        self._hellos |= gather(self._nodes, _HELLO_SECONDS, self._note)
+        if self.stop_requested:
+            return []
+        missing = [number for number in range(len(self._nodes)) if number not in self._hellos]
+        if missing and self.present is None:
+            raise incomplete(self._nodes, missing, _HELLO_SECONDS)
+        self.present = tuple(sorted(self._hellos))
+        return [Machine.from_dict(self._hellos[number].machine) for number in self.present]
+
+    def meet(self) -> tuple[dict[int, Machine], dict[int, str]]:
         """As `machines`, whoever is missing: who is there, and why the others cannot be used.
 
-        Goes on with those who are there, numbered anew in their order. None when a stop was asked for.
+        What follows is asked of those who are there. None of either when a stop was asked for.
         """
-        met = meet(self._nodes, self._note)
-        if met is None:
-            return None
+        self._hellos = gather(self._nodes, _HELLO_SECONDS, self._note)
+        if self.stop_requested:
+            return {}, {}
         found: dict[int, Machine] = {}
         reasons: dict[int, str] = {}
         for number, node in enumerate(self._nodes):
-            if number not in met.hellos:
-                reasons[number] = why_unreachable(node)
+            if number not in self._hellos or node.lost is not None:
+                reasons[number] = why_unreachable(node, _HELLO_SECONDS)
                 continue
             try:
-                found[number] = Machine.from_dict(met.hellos[number].machine)
+                found[number] = Machine.from_dict(self._hellos[number].machine)
             except ValueError as error:
                 reasons[number] = f"another version of ftlaunch is installed there ({error})"
-        self._nodes.keep(list(found))
-        self._hellos = [met.hellos[number] for number in found]
+        for number, reason in reasons.items():
+            self._hellos.pop(number, None)
+            if self._nodes[number].lost is None:
+                self._nodes.give_up(number, reason)
+        self.present = tuple(found)
         return found, reasons
 
     def find_unreached(self, network: Network | None) -> list[Unreached]:
@@ -156,7 +173,7 @@ class Coordinator:
 
     def inspect(self, folder: Path, paths: Sequence[str]) -> list[Inspection]:
         """What each node sees of the output folder and of what its ranks will read."""
-        return inspect_nodes(self._nodes, folder, paths, self._note)
+        return inspect_nodes(self._nodes, sorted(self._hellos), folder, paths, self._note)
 
     def prepare(self, command: Prepare) -> None:
         """Have the fork servers begin to import what the ranks will need."""
@@ -165,38 +182,30 @@ class Coordinator:
             self._nodes.tell(command)
 
     def bind(self, address: str, port: int, *, listens: bool = True) -> int:
-        """Have node 0 hold the rendezvous port (`events.Bind`). UserError when it is taken."""
-        self._nodes[0].send(Bind(address=address, port=port, listens=listens))
-        for number, event in self._nodes.poll_until(_HELLO_SECONDS, lambda: True):
-            if event is None:
-                raise agent_lost(self._nodes[number])
-            self._note(number, event)
-            if isinstance(event, Bound):
-                return event.port
-            if isinstance(event, Refused):
-                raise (UserError if event.user else JobError)(event.reason)
-        if self.hurried:
-            raise KeyboardInterrupt
-        raise JobError("the agent of node 0 did not answer when asked for a port")
+        """Have the first node hold the rendezvous port (`events.Bind`). UserError when it is taken."""
+        command = Bind(address=address, port=port, listens=listens)
+        return hold_port_on(self._nodes, min(self._hellos), command, self._note)
 
-    def replace_lost(self) -> None:
-        """Start an agent anew where one is gone. JobError when that does not help."""
-        waiting = set(self._nodes.replace_lost())
-        for number in waiting:
+    def replace_lost(self, least: int) -> bool:
+        """Start an agent anew where one is gone; whether the job's nodes are others than before.
+
+        A node that does not come back is left out as long as `least` remain. JobError when they do
+        not.
+        """
+        before = self.present
+        for number in self._nodes.replace_lost():
+            self._hellos.pop(number, None)
             if self._prepare is not None:
                 self._nodes[number].send(self._prepare)
-        for number, event in self._nodes.poll_until(_HELLO_SECONDS, lambda: bool(waiting)):
-            if event is None:
-                raise agent_lost(self._nodes[number])
-            self._note(number, event)
-            if isinstance(event, Hello):
-                waiting.discard(number)
-        if waiting and not self.hurried:
-            names = ", ".join(self._nodes.names[number] for number in sorted(waiting))
-            raise JobError(
-                f"no answer from the new agent on {names} within {_HELLO_SECONDS:.0f} s; see "
-                f"{self._log_dir}"
-            )
+        self._hellos |= gather(self._nodes, _HELLO_SECONDS, self._note)
+        missing = [number for number in range(len(self._nodes)) if number not in self._hellos]
+        if missing and not self.stop_requested and len(self._hellos) < least:
+            raise JobError(str(incomplete(self._nodes, missing, _HELLO_SECONDS)))
+        for number in missing:
+            if self._nodes[number].lost is None:
+                self._nodes.give_up(number, f"silent for {_HELLO_SECONDS:.0f} s")
+        self.present = tuple(sorted(self._hellos))
+        return self.present != before
 
     # -- the ranks --------------------------------------------------------------------------
 
@@ -212,14 +221,17 @@ class Coordinator:
     ) -> Outcome:
         """Start the ranks of every node and stay until the last is gone.
 
-        starts            the ranks of each node, in the order of the nodes
+        starts            the ranks of each node that is present, in their order
         on_message        called with what a rank says
         on_output         called with what a rank prints, where its start says so
         on_stop           called once when the user asks to stop
         stop_seconds      time for the ranks to stop by themselves, then they are ended
         forwards_signal   ranks get the very signal that the user sent, and pass their exit code
         """
-        attempt = Attempt(starts, self._nodes.names, passes_code=forwards_signal)
+        present = sorted(self._hellos)
+        of_node = dict(zip(present, starts, strict=True))
+        everywhere = [of_node.get(number, ()) for number in range(len(self._nodes))]
+        attempt = Attempt(everywhere, self._nodes.names, passes_code=forwards_signal)
         self._attempt = attempt
         self._given_up = None
         self.ranks.clear()
@@ -229,7 +241,8 @@ class Coordinator:
             self.hear()
             on_message(rank, payload)
 
-        for number, (node, ranks) in enumerate(zip(self._nodes, starts, strict=True)):
+        for number, ranks in of_node.items():
+            node = self._nodes[number]
             node.send(Start(ranks=list(ranks)))
             if node.lost is not None:
                 attempt.lose_node(number, node.lost)

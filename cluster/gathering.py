@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ftlaunch.cluster import slurm, ssh
 from ftlaunch.cluster.addresses import Address, choose_address
@@ -16,6 +17,7 @@ from ftlaunch.cluster.errors import JobError, UserError
 from ftlaunch.cluster.events import (
     Bind,
     Bound,
+    Command,
     Event,
     Hello,
     Inspect,
@@ -28,7 +30,6 @@ from ftlaunch.cluster.inspection import answers, shared_token
 from ftlaunch.cluster.nodes import Nodes
 from ftlaunch.cluster.transport import Node
 
-_HELLO_SECONDS = 60.0
 _ANSWER_SECONDS = 15.0
 _LOOPBACK = "127.0.0.1"
 _ANY_ADDRESS = "0.0.0.0"
@@ -54,62 +55,42 @@ class Inspection:
     is_seen: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Meeting:
-    """Whose agents have said hello, and the nodes whose agents were lost before; by number."""
+def gather(nodes: Nodes, seconds: float, note: OnEvent) -> dict[int, Hello]:
+    """Wait until every agent that has not said hello does, is lost, or the time is over.
 
-    hellos: Mapping[int, Hello]
-    lost: frozenset[int]
-
-
-def meet(nodes: Nodes, note: OnEvent) -> Meeting | None:
-    """Wait until every agent has said hello or is lost; None when the user has asked to stop."""
+    It ends early when the user asks to stop.
+    """
     found: dict[int, Hello] = {}
-    missing: set[int] = set()
-    for number, event in nodes.poll_until(
-        _HELLO_SECONDS, lambda: len(found) + len(missing) < len(nodes)
-    ):
+    awaited = {number for number, node in enumerate(nodes) if not node.greeted and not node.lost}
+    for number, event in nodes.poll_until(seconds, lambda: bool(awaited)):
         if event is None:
-            missing.add(number)
-            found.pop(number, None)
+            awaited.discard(number)
         elif isinstance(event, Hello):
+            awaited.discard(number)
             found[number] = event
         else:
             note(number, event)
-    if nodes.signals.count:
-        return None
-    return Meeting(hellos=dict(sorted(found.items())), lost=frozenset(missing))
+        if nodes.signals.count:
+            break
+    return found
 
 
-def gather(nodes: Nodes, note: OnEvent) -> list[Hello] | None:
-    """Wait until every agent has said hello; None when the user has asked to stop meanwhile.
-
-    UserError that names every node that cannot be reached, JobError for a lost agent of this machine.
-    """
-    met = meet(nodes, note)
-    if met is None:
-        return None
-    if len(met.hellos) < len(nodes):
-        raise _incomplete(nodes, met)
-    return list(met.hellos.values())
-
-
-def _incomplete(nodes: Nodes, met: Meeting) -> Exception:
-    lost = [nodes[number] for number in sorted(met.lost)]
-    here = [node for node in lost if node.kind == "local"]
-    if here:
+def incomplete(nodes: Nodes, missing: Sequence[int], seconds: float) -> UserError | JobError:
+    """What to raise when agents are missing; every one of them is named, with what is known."""
+    absent = [nodes[number] for number in missing]
+    here = [node for node in absent if node.kind == "local"]
+    if here and here[0].lost is not None:
         return agent_lost(here[0])
-    silent = [node for number, node in enumerate(nodes) if number not in met.hellos]
-    lines = [f"{len(silent)} of {len(nodes)} nodes cannot be used, so nothing was started:"]
-    lines += [f"  {node.name}: {why_unreachable(node)}" for node in silent]
-    return (UserError if lost else JobError)("\n".join(lines))
+    lines = [f"{len(absent)} of {len(nodes)} nodes cannot be used, so nothing was started:"]
+    lines += [f"  {node.name}: {why_unreachable(node, seconds)}" for node in absent]
+    return (JobError if here else UserError)("\n".join(lines))
 
 
-def why_unreachable(node: Node) -> str:
+def why_unreachable(node: Node, seconds: float) -> str:
     """Of a node whose agent has not said hello: the words of what should have led there."""
     words = _last_words(node.log_path)
     if node.lost is None:
-        return f"no answer within {_HELLO_SECONDS:.0f} s{_quote(words)}"
+        return f"no answer within {seconds:.0f} s{_quote(words)}"
     advise = {"ssh": ssh.advice, "slurm": slurm.advice}.get(node.kind)
     remedy = (advise(node.name, words) if advise else "") or _python_advice(node.name, words)
     if not remedy and node.kind == "ssh" and "exit code 255" not in node.lost:
@@ -154,74 +135,90 @@ def _quote(words: str) -> str:
     return f": {words}" if words else ""
 
 
-def connect(nodes: Nodes, hellos: Sequence[Hello], note: OnEvent) -> Network:
-    """Choose an address of node 0 that all nodes reach. UserError when there is none."""
-    if len({hello.network for hello in hellos}) == 1:
+def connect(nodes: Nodes, hellos: Mapping[int, Hello], note: OnEvent) -> Network:
+    """Choose an address of the first node that the others reach. UserError when there is none."""
+    if len({hello.network for hello in hellos.values()}) == 1:
         return Network(address=_LOOPBACK, interfaces=("lo",) * len(hellos))
-    own = [Address(interface=i, address=a) for a, i in hellos[0].addresses.items()]
-    nodes[0].send(Bind(address=_ANY_ADDRESS, port=0, listens=True))
-    port = _await_bound(nodes, note)
-    answers: dict[int, Reached] = {}
-    for node in nodes:
-        node.send(Reach(addresses=[each.address for each in own], port=port))
-    for number, event in nodes.poll_until(_ANSWER_SECONDS, lambda: len(answers) < len(nodes)):
-        if event is None:
-            raise agent_lost(nodes[number])
-        if isinstance(event, Reached):
-            answers[number] = event
-        else:
-            note(number, event)
-    _need_all(nodes, answers, "when asked which addresses it reaches")
-    ordered = [answers[number] for number in range(len(nodes))]
-    chosen = choose_address(own, [answer.reasons for answer in ordered[1:]], nodes.names[1:])
-    others = [answer.interfaces.get(chosen.address, "") for answer in ordered[1:]]
-    return Network(address=chosen.address, interfaces=(chosen.interface, *others))
+    first, *others = sorted(hellos)
+    # Every machine has a loopback: an answer there would be its own.
+    own = [
+        Address(interface=interface, address=address)
+        for address, interface in hellos[first].addresses.items()
+        if interface != "lo"
+    ]
+    port = hold_port_on(nodes, first, Bind(address=_ANY_ADDRESS, port=0, listens=True), note)
+    command = Reach(addresses=[each.address for each in own], port=port)
+    reached = _ask(nodes, dict.fromkeys(others, command), Reached, note)
+    chosen = choose_address(
+        own,
+        [reached[number].reasons for number in others],
+        [nodes.names[number] for number in others],
+    )
+    ways = [reached[number].interfaces.get(chosen.address, "") for number in others]
+    return Network(address=chosen.address, interfaces=(chosen.interface, *ways))
 
 
-def _await_bound(nodes: Nodes, note: OnEvent) -> int:
-    for number, event in nodes.poll_until(_ANSWER_SECONDS, lambda: True):
+def hold_port_on(nodes: Nodes, number: int, command: Bind, note: OnEvent) -> int:
+    """Have a node hold a port; which one. UserError when it is taken."""
+    nodes[number].send(command)
+    for teller, event in nodes.poll_until(_ANSWER_SECONDS, lambda: True):
         if event is None:
-            raise agent_lost(nodes[number])
-        if isinstance(event, Bound):
+            raise agent_lost(nodes[teller])
+        note(teller, event)
+        if teller == number and isinstance(event, Bound):
             return event.port
-        if isinstance(event, Refused):
+        if teller == number and isinstance(event, Refused):
             raise (UserError if event.user else JobError)(event.reason)
-        note(number, event)
     if nodes.signals.hurry:
         raise KeyboardInterrupt
-    raise JobError(f"the agent of {nodes.names[0]} did not answer when asked for a port")
+    raise JobError(f"the agent on {nodes.names[number]} did not answer when asked for a port")
 
 
 def inspect_nodes(
-    nodes: Nodes, folder: Path, paths: Sequence[str], note: OnEvent
+    nodes: Nodes, numbers: Sequence[int], folder: Path, paths: Sequence[str], note: OnEvent
 ) -> list[Inspection]:
     """Have every node look for what the job needs there."""
-    found: dict[int, Inspection] = {}
     with shared_token(folder) as token:
+        commands = {
+            number: Inspect(paths=list(paths), folder=str(folder), token=token, node=number)
+            for number in numbers
+        }
         asked = time.time()
-        for number, node in enumerate(nodes):
-            node.send(Inspect(paths=list(paths), folder=str(folder), token=token, node=number))
-        for number, event in nodes.poll_until(_ANSWER_SECONDS, lambda: len(found) < len(nodes)):
-            if event is None:
-                raise agent_lost(nodes[number])
-            if not isinstance(event, Inspected):
-                note(number, event)
-                continue
-            found[number] = Inspection(
-                found=event,
-                # It looked at its clock somewhere between our question and its answer.
-                seconds_ahead=event.time - (asked + time.time()) / 2,
+        found = _ask(nodes, commands, Inspected, note)
+        # They looked at their clocks somewhere between the question and the last answer.
+        middle = (asked + time.time()) / 2
+        return [
+            Inspection(
+                found=found[number],
+                seconds_ahead=found[number].time - middle,
                 is_seen=answers(folder, token, number),
             )
-        _need_all(nodes, found, "when asked what it sees of the job's files")
-    return [found[number] for number in range(len(nodes))]
+            for number in numbers
+        ]
 
 
-def _need_all(nodes: Nodes, answers: dict[int, Reached] | dict[int, Inspection], when: str) -> None:
-    silent = [name for number, name in enumerate(nodes.names) if number not in answers]
+_Answer = TypeVar("_Answer", Reached, Inspected)
+
+
+def _ask(
+    nodes: Nodes, commands: Mapping[int, Command], kind: type[_Answer], note: OnEvent
+) -> dict[int, _Answer]:
+    """One command for each node, one answer of each."""
+    found: dict[int, _Answer] = {}
+    for number, command in commands.items():
+        nodes[number].send(command)
+    for number, event in nodes.poll_until(_ANSWER_SECONDS, lambda: len(found) < len(commands)):
+        if event is None:
+            raise agent_lost(nodes[number])
+        if isinstance(event, kind):
+            found[number] = event
+        else:
+            note(number, event)
+    silent = [nodes.names[number] for number in commands if number not in found]
     if silent and nodes.signals.hurry:
         raise KeyboardInterrupt
     if silent:
         raise JobError(
-            f"no answer from the agent on {', '.join(silent)} within {_ANSWER_SECONDS:.0f} s {when}"
+            f"no answer from the agent on {', '.join(silent)} within {_ANSWER_SECONDS:.0f} s"
         )
+    return found

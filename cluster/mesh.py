@@ -27,26 +27,39 @@ class Unreached:
 
 
 def find_unreached(
-    nodes: Nodes, hellos: Sequence[Hello], network: Network | None, note: OnEvent
+    nodes: Nodes, hellos: Mapping[int, Hello], network: Network | None, note: OnEvent
 ) -> list[Unreached]:
-    """What cannot connect to what; none where all nodes are on one machine.
+    """Which of the nodes that have said hello cannot connect to which; none on one machine.
 
     network   under the addresses of its interfaces nodes have to be reached; None: under any
     JobError when an agent is lost meanwhile.
     """
-    if len({hello.network for hello in hellos}) == 1:
+    if len({hello.network for hello in hellos.values()}) == 1:
         return []
-    addresses = [_addresses(hello, network, number) for number, hello in enumerate(hellos)]
-    ports = _open_ports(nodes, note)
+    numbers = sorted(hellos)
+    interfaces = dict(zip(numbers, network.interfaces, strict=True)) if network else {}
+    version = ipaddress.ip_address(network.address).version if network else None
+    addresses = {n: _addresses(hellos[n], interfaces.get(n, ""), version) for n in numbers}
+    ports = _open_ports(nodes, numbers, note)
     # One question at a time to each node, so that it can say in between that it is there.
-    waiting = {
-        number: [other for other in range(len(nodes)) if other != number]
-        for number in range(len(nodes))
-    }
+    waiting = {number: [other for other in numbers if other != number] for number in numbers}
     missed: list[Unreached] = []
-    for number in range(len(nodes)):
-        _ask(nodes, number, waiting[number], addresses, ports)
-    limit = min(_MAX_SECONDS, 5.0 + _SECONDS_EACH * len(nodes))
+
+    def ask(number: int) -> None:
+        for other in waiting[number][:1]:
+            # Port 9 is nobody's: of a node that can open none.
+            command = Reach(addresses=list(addresses[other]), port=ports.get(other, 9))
+            nodes[number].send(command)
+
+    def miss(number: int, other: int, why: str) -> None:
+        each = Unreached(
+            node=nodes.names[number], other=nodes.names[other], addresses=addresses[other], why=why
+        )
+        missed.append(each)
+
+    for number in numbers:
+        ask(number)
+    limit = min(_MAX_SECONDS, 5.0 + _SECONDS_EACH * len(numbers))
     for number, event in nodes.poll_until(limit, lambda: any(waiting.values())):
         if event is None:
             raise agent_lost(nodes[number])
@@ -54,63 +67,44 @@ def find_unreached(
             note(number, event)
             continue
         other = waiting[number].pop(0)
-        why = _why_not(event.reasons)
-        if why:
-            missed.append(_unreached(nodes, number, other, addresses, why))
-        _ask(nodes, number, waiting[number], addresses, ports)
+        if why := _why_not(event.reasons):
+            miss(number, other, why)
+        ask(number)
     if nodes.signals.hurry:
         raise KeyboardInterrupt
-    missed += [
-        _unreached(nodes, number, other, addresses, f"no answer within {limit:.0f} s")
-        for number, others in waiting.items()
-        for other in others
-    ]
-    return sorted(missed, key=lambda each: (nodes.names.index(each.node), each.other))
+    for number, others in waiting.items():
+        for other in others:
+            miss(number, other, f"no answer within {limit:.0f} s")
+    return sorted(missed, key=lambda each: nodes.names.index(each.node))
 
 
-def _addresses(hello: Hello, network: Network | None, number: int) -> tuple[str, ...]:
+def _addresses(hello: Hello, interface: str, version: int | None) -> tuple[str, ...]:
     """Under which a node has to be reached: its interface's, of the kind that the ranks meet by."""
-    others = {a: i for a, i in hello.addresses.items() if i != "lo"}
-    if network is None or not network.interfaces[number]:
-        return tuple(others)
-    version = ipaddress.ip_address(network.address).version
-    return tuple(
-        address
-        for address, interface in others.items()
-        if interface == network.interfaces[number]
-        and ipaddress.ip_address(address).version == version
-    )
+    if interface:
+        return tuple(
+            address
+            for address, own in hello.addresses.items()
+            if own == interface and ipaddress.ip_address(address).version == version
+        )
+    # Every machine has a loopback: an answer there would be its own.
+    return tuple(address for address, own in hello.addresses.items() if own != "lo")
 
 
-def _open_ports(nodes: Nodes, note: OnEvent) -> dict[int, int]:
+def _open_ports(nodes: Nodes, numbers: Sequence[int], note: OnEvent) -> dict[int, int]:
     """A port of each node that listens; none of one that cannot."""
     ports: dict[int, int] = {}
-    refused: set[int] = set()
-    nodes.tell(Bind(address="0.0.0.0", port=0, listens=True))
-    for number, event in nodes.poll_until(
-        _BIND_SECONDS, lambda: len(ports) + len(refused) < len(nodes)
-    ):
+    waiting = set(numbers)
+    for number in numbers:
+        nodes[number].send(Bind(address="0.0.0.0", port=0, listens=True))
+    for number, event in nodes.poll_until(_BIND_SECONDS, lambda: bool(waiting)):
         if event is None:
             raise agent_lost(nodes[number])
+        note(number, event)
         if isinstance(event, Bound):
             ports[number] = event.port
-        elif isinstance(event, Refused):
-            refused.add(number)
-        else:
-            note(number, event)
+        if isinstance(event, Bound | Refused):
+            waiting.discard(number)
     return ports
-
-
-def _ask(
-    nodes: Nodes,
-    number: int,
-    others: list[int],
-    addresses: Sequence[tuple[str, ...]],
-    ports: Mapping[int, int],
-) -> None:
-    if others:
-        other = others[0]
-        nodes[number].send(Reach(addresses=list(addresses[other]), port=ports.get(other, 9)))
 
 
 def _why_not(reasons: Mapping[str, str]) -> str:
@@ -118,11 +112,3 @@ def _why_not(reasons: Mapping[str, str]) -> str:
     if not reasons:
         return "it has no address in that network"
     return "" if "" in reasons.values() else "; ".join(dict.fromkeys(reasons.values()))
-
-
-def _unreached(
-    nodes: Nodes, number: int, other: int, addresses: Sequence[tuple[str, ...]], why: str
-) -> Unreached:
-    return Unreached(
-        node=nodes.names[number], other=nodes.names[other], addresses=addresses[other], why=why
-    )

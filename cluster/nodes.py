@@ -39,12 +39,7 @@ class Nodes:
         self._polled_at = time.monotonic()
         self._pinger = threading.Thread(target=self._ping, daemon=True, name="pings")
         self._closing = threading.Event()
-        # What everything of the job carries on a node; nodes that are played here share it.
-        job = secrets.token_hex(8)
-        self._marks = [
-            job if way.kind == "local" else f"{job}-{number}" for number, way in enumerate(ways)
-        ]
-        self._all_marks = frozenset(self._marks)
+        self._job = secrets.token_hex(8)
 
     def __getitem__(self, number: int) -> Node:
         return self._nodes[number]
@@ -78,45 +73,32 @@ class Nodes:
         self.signals.restore()
         # Agents and fork servers have ended all that they knew of. Should one have been killed in
         # the act: whatever carries the job's mark on this machine is the job's.
-        for mark in self._all_marks:
+        for mark in {self._mark(number) for number in range(len(self))}:
             for process in processes_with(JOB_VARIABLE, mark):
                 kill_exactly(process)
 
     def replace_lost(self) -> list[int]:
-        """Start an agent anew where one is gone; the nodes whose agents have yet to say hello."""
-        for number, node in enumerate(self._nodes):
-            if node.lost:
-                node.process.kill()
-                self._end(node, time.monotonic())
-                self._nodes[number] = self._start(number)
-        return [number for number, node in enumerate(self._nodes) if not node.greeted]
-
-    def keep(self, numbers: Sequence[int]) -> None:
-        """Go on with these nodes alone, numbered anew in that order; the other agents leave."""
-        left = [node for number, node in enumerate(self._nodes) if number not in numbers]
-        for node in left:
-            node.hang_up()
-            if node.lost is None:
-                self._selector.unregister(node.events)
-        self._nodes = [self._nodes[number] for number in numbers]
-        self._marks = [self._marks[number] for number in numbers]
-        self._ways = tuple(self._ways[number] for number in numbers)
-        self.names = tuple(way.name for way in self._ways)
-        for number, node in enumerate(self._nodes):
-            self._selector.modify(node.events, selectors.EVENT_READ, number)
-        deadline = time.monotonic() + _LEAVE_SECONDS
-        for node in left:
-            self._end(node, deadline)
+        """Start an agent anew where one is gone; of which nodes."""
+        lost = [number for number, node in enumerate(self._nodes) if node.lost is not None]
+        for number in lost:
+            self._nodes[number].process.kill()
+            self._end(self._nodes[number], time.monotonic())
+            self._nodes[number] = self._start(number)
+        return lost
 
     def _start(self, number: int) -> Node:
         node = start_agent(
             self._ways[number],
             self._orders,
-            {JOB_VARIABLE: self._marks[number]},
+            {JOB_VARIABLE: self._mark(number)},
             self._log_dir / f"agent-{number}.log",
         )
         self._selector.register(node.events, selectors.EVENT_READ, number)
         return node
+
+    def _mark(self, number: int) -> str:
+        """What everything of the job carries on a node; nodes that are played here share it."""
+        return self._job if self._ways[number].kind == "local" else f"{self._job}-{number}"
 
     def _end(self, node: Node, deadline: float) -> None:
         """Wait for it to leave; what it still has to say is read by nobody any more."""

@@ -33,12 +33,17 @@ def run_attempts(
     attempt: Callable[[], Outcome],
     decide: Callable[[Failure], Restart | None],
     on_restart: Callable[[Restart], None],
+    reopen: Callable[[], None],
+    *,
+    least: int,
 ) -> Outcome:
     """The outcome of the last attempt.
 
     attempt      starts the ranks and stays until they are gone
     decide       whether a failure is worth another attempt
     on_restart   told before the next one
+    reopen       makes a new plan when the nodes are not those of before
+    least        with so many of them it goes on
     """
     while True:
         outcome = attempt()
@@ -53,4 +58,8 @@ def run_attempts(
             return outcome
         on_restart(restart)
         timeline.add(f"restart {policy.restarts}" if not restart.halves_micro_batch else "restart")
-        coordinator.replace_lost()
+        if coordinator.replace_lost(least):
+            timeline.add(f"{len(coordinator.present or ())} nodes take part")
+            reopen()
+        if coordinator.stop_requested:
+            return outcome

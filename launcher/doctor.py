@@ -140,10 +140,8 @@ class _Doctor:
             self._fail(str(error))
 
     def _meet(self, coordinator: Coordinator) -> None:
-        met = coordinator.meet()
-        if met is None:
-            raise _Stopped
-        self._machines, self._reasons = met
+        self._machines, self._reasons = coordinator.meet()
+        self._heed_stop(coordinator)
         self._clock("meet")
         if self._reasons:
             names = ", ".join(self._site.hosts[number].name for number in self._reasons)

@@ -28,7 +28,7 @@ from ftlaunch.launcher.config import RunConfig
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.ending import show_verdict, verdict_json
 from ftlaunch.launcher.npus import hccl_variables, with_rank_table
-from ftlaunch.launcher.opening import open_job
+from ftlaunch.launcher.opening import Opened, open_job
 from ftlaunch.launcher.output_folder import OWN_NAMES, OutputFolder, default_output_dir
 from ftlaunch.launcher.plan import LaunchPlan, halve_micro_batch, make_plan
 from ftlaunch.launcher.ranks import PLAN_OF_RANKS, output_label, preparation, rank_starts
@@ -183,25 +183,17 @@ class _Job:
         self._mode: Mode = mode
         self._machine = machine
         self._rehearsal = rehearsal
+        self._stop_signal: str | None = None
         self._record = _Record(started=timeline.started)
         self._policy = RestartPolicy(max_restarts=config.cluster.max_restarts)
 
     def run(self) -> int:
-        site, config = self._site, self._config
         with Coordinator(
-            ways_to(site, os.environ),
-            orders_for(site, config.cluster, os.environ),
+            ways_to(self._site, os.environ),
+            orders_for(self._site, self._config.cluster, os.environ),
             log_dir=self._folder / "logs",
         ) as coordinator:
-            opened = open_job(
-                coordinator,
-                site,
-                self._folder,
-                here=self._machine,
-                plan_for=self._plan,
-                preparation=preparation,
-                paths=needed_paths(config),
-            )
+            opened = self._open(coordinator)
             if opened is None:
                 self._console.say("stopped before anything was started")
                 return EXIT_INTERRUPTED if coordinator.hurried else EXIT_STOPPED
@@ -212,14 +204,26 @@ class _Job:
             self._console.plan([*opened.notes, *plan.describe()])
             with Recorder(self._folder) as recorder:
                 outcome = self._attempts(plan, coordinator, recorder)
+                self._stop_signal = coordinator.stop_signal
                 return self._finish(plan, outcome, recorder)
 
-    def _plan(self, machines: Sequence[Machine]) -> LaunchPlan:
+    def _open(self, coordinator: Coordinator) -> Opened[LaunchPlan] | None:
+        return open_job(
+            coordinator,
+            self._site,
+            self._folder,
+            here=self._machine,
+            plan_for=self._plan,
+            preparation=preparation,
+            paths=needed_paths(self._config),
+        )
+
+    def _plan(self, site: Site, machines: Sequence[Machine]) -> LaunchPlan:
         table = with_rank_table(self._config.cluster, machines[0], os.environ)
         return make_plan(
             replace(self._config, cluster=table),
             machines,
-            self._site,
+            site,
             output_dir=str(self._folder),
             mode=self._mode,
         )
@@ -248,6 +252,18 @@ class _Job:
             recorder.restarted(restart.why)
             self._console.warn(restart.why)
 
+        def reopen() -> None:
+            nonlocal plan
+            opened = self._open(coordinator)
+            if opened is None:
+                return
+            self._network = opened.network
+            self._console.warn(f"going on with {opened.plan.num_nodes} nodes")
+            largest, plan = plan.micro_batch, opened.plan
+            while plan.micro_batch > largest and (half := halve_micro_batch(plan)):
+                # What did not fit into memory does not fit now.
+                plan = half
+
         return run_attempts(
             coordinator,
             self._policy,
@@ -255,6 +271,8 @@ class _Job:
             lambda: self._attempt(plan, coordinator, recorder),
             decide,
             on_restart,
+            reopen,
+            least=self._config.cluster.min_nodes or len(self._site.hosts),
         )
 
     def _attempt(self, plan: LaunchPlan, coordinator: Coordinator, recorder: Recorder) -> Outcome:
@@ -407,6 +425,7 @@ class _Job:
         return {
             "status": outcome.ending if record.disk_error is None else "failed",
             "exit_code": code,
+            "stop_signal": self._stop_signal,
             "strategy": plan.strategy,
             "precision": plan.precision,
             "num_nodes": plan.num_nodes,

@@ -32,24 +32,27 @@ def open_job(
     folder: Path,
     *,
     here: Machine,
-    plan_for: Callable[[Sequence[Machine]], Plan],
+    plan_for: Callable[[Site, Sequence[Machine]], Plan],
     preparation: Callable[[Plan], Prepare],
     paths: Sequence[str],
 ) -> Opened[Plan] | None:
     """UserError for all that the user can mend; None when a stop was asked for meanwhile.
+
+    Called again when a job goes on with other nodes than before.
 
     here    this machine
     paths   what every node has to have
     """
     if site.is_one_machine:
         # What it needs is known before its agents have answered.
-        coordinator.prepare(preparation(plan_for([here] * len(site.hosts))))
+        coordinator.prepare(preparation(plan_for(site, [here] * len(site.hosts))))
     machines = coordinator.machines()
-    if coordinator.stop_requested:
+    if coordinator.stop_requested or coordinator.present is None:
         return None
+    site = site.only(coordinator.present)
     findings = compare_machines(site, machines)
     # What a plan cannot do says more than a difference of versions.
-    plan = plan_for(machines)
+    plan = plan_for(site, machines)
     refuse(findings)
     coordinator.prepare(preparation(plan))
     network = coordinator.connect()

@@ -142,32 +142,16 @@ class _ScriptJob:
         self._log_bytes = -1
 
     def run(self) -> int:
-        site, config = self._site, self._config
+        cluster = self._config.cluster
         with Coordinator(
-            ways_to(site, os.environ),
-            orders_for(site, config.cluster, os.environ),
+            ways_to(self._site, os.environ),
+            orders_for(self._site, cluster, os.environ),
             log_dir=self._folder / "logs",
         ) as coordinator:
-            paths = [str(Path.cwd())]
-            if self._script.kind == "path":
-                paths.append(str(Path(self._script.target).absolute()))
-            opened = open_job(
-                coordinator,
-                site,
-                self._folder,
-                here=self._machine,
-                plan_for=lambda machines: _plan(config, site, self._script, machines),
-                preparation=lambda plan: preparation(plan, os.environ),
-                paths=paths,
-            )
-            if opened is None:
+            if not self._open(coordinator):
                 self._console.say("stopped before the script was started")
                 return EXIT_INTERRUPTED
-            plan = self._plan = opened.plan
-            self._network = opened.network
-            _check(plan, self._rehearsal)
-            write_json(self._folder / "plan.json", plan.to_json())
-            self._console.plan([*opened.notes, *plan.describe()])
+            _check(self._plan, self._rehearsal)
             outcome = run_attempts(
                 coordinator,
                 self._policy,
@@ -175,8 +159,36 @@ class _ScriptJob:
                 lambda: self._attempt(coordinator),
                 self._decide,
                 self._on_restart,
+                lambda: self._reopen(coordinator),
+                least=cluster.min_nodes or len(self._site.hosts),
             )
-        return self._finish(outcome)
+            stop_signal = coordinator.stop_signal
+        return self._finish(outcome, stop_signal)
+
+    def _open(self, coordinator: Coordinator) -> bool:
+        """False when a stop was asked for meanwhile."""
+        paths = [str(Path.cwd())]
+        if self._script.kind == "path":
+            paths.append(str(Path(self._script.target).absolute()))
+        opened = open_job(
+            coordinator,
+            self._site,
+            self._folder,
+            here=self._machine,
+            plan_for=lambda site, machines: _plan(self._config, site, self._script, machines),
+            preparation=lambda plan: preparation(plan, os.environ),
+            paths=paths,
+        )
+        if opened is None:
+            return False
+        self._plan, self._network = opened.plan, opened.network
+        write_json(self._folder / "plan.json", self._plan.to_json())
+        self._console.plan([*opened.notes, *self._plan.describe()])
+        return True
+
+    def _reopen(self, coordinator: Coordinator) -> None:
+        if self._open(coordinator):
+            self._console.warn(f"going on with {self._plan.num_nodes} nodes")
 
     def _decide(self, failure: Failure) -> Restart | None:
         # What the script got done is not known: every attempt counts as one that got on.
@@ -239,11 +251,12 @@ class _ScriptJob:
 
     # -- the end ----------------------------------------------------------------------------
 
-    def _finish(self, outcome: Outcome) -> int:
+    def _finish(self, outcome: Outcome, stop_signal: str | None) -> int:
         code = self._exit_code(outcome)
         summary: dict[str, Any] = {
             "status": outcome.ending,
             "exit_code": code,
+            "stop_signal": stop_signal,
             "num_nodes": self._plan.num_nodes,
             "world_size": self._plan.world_size,
             "restarts": self._restarts,

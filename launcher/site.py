@@ -53,8 +53,8 @@ def find_site(cluster: ClusterOptions, environ: Mapping[str, str]) -> Site:
     if kind == "slurm" and allocated is None:
         raise UserError(
             "--cluster slurm: this shell is not inside an allocation (SLURM_JOB_NODELIST is not "
-            "set). Ask for one with salloc and run the command in it, or submit the job with "
-            "ftlaunch submit."
+            "set). Ask for one with salloc and run the command in it, submit the job with ftlaunch "
+            "submit, or run on this machine with --cluster local."
         )
     if allocated is not None:
         job = environ.get("SLURM_JOB_ID", "?")

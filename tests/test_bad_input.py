@@ -120,9 +120,7 @@ def inputs(tmp_path_factory):
             ["--cluster", "slurm"], ["slurm", "--cluster local"], id="a cluster not there yet"
         ),
         pytest.param(["--cluster", "cloud"], ["'cloud'", "slurm"], id="unknown cluster"),
-        pytest.param(
-            ["--hostfile", "hosts.txt"], ["--hostfile", "this machine only"], id="a hostfile"
-        ),
+        pytest.param(["--hostfile", "hosts.txt"], ["hostfile", "hosts.txt"], id="no hostfile"),
         pytest.param(
             ["--nodes", "4", "train.global_batch_size=3"],
             ["global batch of 3", "4 ranks", "at least one sample", "train.global_batch_size to 4"],

@@ -125,8 +125,9 @@ def test_the_plan_survives_json(tmp_path):
         ((replace(CPU, accelerator="ascend"),), {}, "mindspore is not installed"),
         ((CPU, GPU), {"nodes": 2}, "different accelerators"),
         ((), {"strategy": "dpp"}, "no strategy 'dpp'.*Did you mean 'ddp'"),
-        ((), {"cluster": "slurm"}, "this machine only"),
-        ((), {"hostfile": "hosts"}, "this machine only"),
+        ((), {"cluster": "slurm"}, "not inside an allocation"),
+        ((), {"cluster": "ssh"}, "no hosts are named"),
+        ((), {"hostfile": "hosts"}, "hostfile"),
         ((), {"task": "text-clasification"}, "text-classification"),
     ],
 )
