@@ -287,9 +287,13 @@ class Attempt:
         self._fail_rank(min(self._running, default=0), "exit", title)
         self._judged_at = time.monotonic()
 
+    def odd_ranks(self) -> tuple[list[int], str]:
+        """Of those that have said where they are: who holds up the others, and what is seen."""
+        return odd_ranks({r: s for r, s in self._stacks.items() if r in self._running})
+
     def stall(self, seconds: float) -> None:
         """Fail for want of progress; names the rank that holds up the others, if one does."""
-        odd, seen = odd_ranks({r: s for r, s in self._stacks.items() if r in self._running})
+        odd, seen = self.odd_ranks()
         rank = odd[0] if odd else min(self._running, default=0)
         stack = self._stacks.get(rank)
         self._fail_rank(

@@ -39,9 +39,11 @@ from ftlaunch.cluster.gathering import (
     hold_port_on,
     incomplete,
     inspect_nodes,
+    why_unreachable,
 )
 from ftlaunch.cluster.linux import Process, read_process
 from ftlaunch.cluster.machine import Machine
+from ftlaunch.cluster.mesh import Unreached, find_unreached
 from ftlaunch.cluster.nodes import Nodes
 from ftlaunch.cluster.transport import Orders, Way
 
@@ -135,6 +137,35 @@ class Coordinator:
             raise incomplete(self._nodes, missing, _HELLO_SECONDS)
         self.present = tuple(sorted(self._hellos))
         return [Machine.from_dict(self._hellos[number].machine) for number in self.present]
+
+    def meet(self) -> tuple[dict[int, Machine], dict[int, str]]:
+        """As `machines`, whoever is missing: who is there, and why the others cannot be used.
+
+        What follows is asked of those who are there. None of either when a stop was asked for.
+        """
+        self._hellos = gather(self._nodes, _HELLO_SECONDS, self._note)
+        if self.stop_requested:
+            return {}, {}
+        found: dict[int, Machine] = {}
+        reasons: dict[int, str] = {}
+        for number, node in enumerate(self._nodes):
+            if number not in self._hellos or node.lost is not None:
+                reasons[number] = why_unreachable(node, _HELLO_SECONDS)
+                continue
+            try:
+                found[number] = Machine.from_dict(self._hellos[number].machine)
+            except ValueError as error:
+                reasons[number] = f"another version of ftlaunch is installed there ({error})"
+        for number, reason in reasons.items():
+            self._hellos.pop(number, None)
+            if self._nodes[number].lost is None:
+                self._nodes.give_up(number, reason)
+        self.present = tuple(found)
+        return found, reasons
+
+    def find_unreached(self, network: Network | None) -> list[Unreached]:
+        """Which nodes do not reach which, by the interfaces of `network` or, without one, at all."""
+        return find_unreached(self._nodes, self._hellos, network, self._note)
 
     def connect(self) -> Network:
         """Where the ranks can meet. UserError when the nodes do not reach each other."""
@@ -284,13 +315,23 @@ class Coordinator:
             if self._nodes[number].lost is None:
                 self._nodes.give_up(number, "did not end its ranks in time")
 
-    def _find_out_who(self, attempt: Attempt) -> None:
+    def who_holds_up(self, on_message: OnMessage) -> str:
+        """While ranks run (on_tick): which of them the others wait for, in words."""
+        assert self._attempt is not None
+        self._find_out_who(self._attempt, on_message)
+        return self._attempt.odd_ranks()[1]
+
+    def _find_out_who(
+        self, attempt: Attempt, on_message: OnMessage = lambda rank, payload: None
+    ) -> None:
         """Have every rank say where it is."""
         self._nodes.tell(AskStacks())
         for number, event in self._nodes.poll_until(_STACK_SECONDS, lambda: bool(attempt.silent)):
-            if event is not None:
-                offset = self._nodes[number].clock.offset
-                attempt.take(number, event, offset, lambda rank, payload: None)
+            node = self._nodes[number]
+            if event is None:
+                attempt.lose_node(number, node.lost or "gone")
+            else:
+                attempt.take(number, event, node.clock.offset, on_message)
 
     def _note(self, number: int, event: Event) -> None:
         if isinstance(event, Started):

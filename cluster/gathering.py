@@ -91,8 +91,8 @@ def why_unreachable(node: Node, seconds: float) -> str:
     words = _last_words(node.log_path)
     if node.lost is None:
         return f"no answer within {seconds:.0f} s{_quote(words)}"
-    advise = {"ssh": ssh.advice, "slurm": slurm.advice}[node.kind]
-    remedy = advise(node.name, words) or _python_advice(node.name, words)
+    advise = {"ssh": ssh.advice, "slurm": slurm.advice}.get(node.kind)
+    remedy = (advise(node.name, words) if advise else "") or _python_advice(node.name, words)
     if not remedy and node.kind == "ssh" and "exit code 255" not in node.lost:
         remedy = (
             f"the login shell ended before anything of ours: does `ssh {node.name} true` work? Look "

@@ -36,15 +36,20 @@ def inspect(command: Inspect) -> Inspected:
     """Look for all of it; puts one small file into the output folder."""
     missing = {path: why for path in command.paths if (why := _why_unreadable(path))}
     folder = Path(command.folder)
+    answer = folder / _answer(command.token, command.node)
     unwritable = ""
     try:
-        (folder / _answer(command.token, command.node)).touch(mode=0o600)
+        answer.touch(mode=0o600)
     except OSError as error:
         unwritable = error.strerror or str(error)
+    sees_token = (folder / command.token).exists()
+    if not sees_token and not unwritable:
+        # A folder of this node's own: whoever asked would never find it to remove it.
+        answer.unlink(missing_ok=True)
     return Inspected(
         time=time.time(),
         missing=missing,
-        sees_token=(folder / command.token).exists(),
+        sees_token=sees_token,
         unwritable=unwritable,
         free_bytes=_free_bytes(folder),
     )

@@ -48,5 +48,10 @@ class LogTail:
         self._pending = text[whole:]
         return skipped + text[:whole]
 
+    @property
+    def path(self) -> str:
+        """Where this process can read the file, though its name may be gone."""
+        return f"/proc/self/fd/{self._file.fileno()}"
+
     def close(self) -> None:
         self._file.close()

@@ -50,6 +50,10 @@ class _Rank:
     process: Process | None = None
     lines: LineBuffer = field(default_factory=LineBuffer)
 
+    @property
+    def log_path(self) -> str:
+        return self.start.log_path if self.tail is None else self.tail.path
+
 
 class RankWatch:
     """The ranks of one agent.
@@ -185,7 +189,7 @@ class RankWatch:
         self._asked.clear()
         for number, rank in self._ranks.items():
             with contextlib.suppress(OSError):
-                self._asked[number] = Path(rank.start.log_path).stat().st_size
+                self._asked[number] = Path(rank.log_path).stat().st_size
                 process = rank.process
                 if process is not None and handles_signal(process.pid, STACK_SIGNAL):
                     kill_exactly(process, STACK_SIGNAL)
@@ -197,7 +201,7 @@ class RankWatch:
             if rank is None or rank.process is None:
                 continue
             text = ""
-            with contextlib.suppress(OSError), open(rank.start.log_path, "rb") as log:
+            with contextlib.suppress(OSError), open(rank.log_path, "rb") as log:
                 log.seek(offset)
                 text = log.read(MAX_STACK_BYTES).decode(errors="replace")
             if "(most recent call first)" not in text:

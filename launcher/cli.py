@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-_COMMANDS = ("eval", "rehearse", "merge", "submit", "status", "logs", "cancel")
+_COMMANDS = ("eval", "rehearse", "merge", "doctor", "submit", "status", "logs", "cancel")
 _EPILOG = """\
 Everything else is KEY=VALUE, for example train.learning_rate=2e-5 train.num_train_epochs=3
 (all keys: docs/configuration.md), or stands in a YAML file given by --config.
@@ -20,6 +20,7 @@ Everything else is KEY=VALUE, for example train.learning_rate=2e-5 train.num_tra
   ftlaunch merge out merged/                      a checkpoint as a model, also DeepSpeed's, MindSpore's
   ftlaunch submit --nodes 4 --partition gpu --time 4:00:00 -o out ...        as a job of SLURM
   ftlaunch status out | logs out --follow | cancel out                   of any job, this or that
+  ftlaunch doctor --hostfile hosts -o out         what is on every node, whether a job would run
   ftlaunch rehearse --nodes 4 --fault kill-rank:3@step5       any of these, with faults on purpose
 
 Exit codes: 0 done, 1 the job failed, 2 a mistake in what was asked for, 75 stopped on request
@@ -62,7 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
         "       ftlaunch merge [--verify] SOURCE TARGET [flags]\n"
         "       ftlaunch rehearse --fault FAULT [flags] [KEY=VALUE ...] [SCRIPT.py ...]\n"
         "       ftlaunch submit [flags] [KEY=VALUE ...] [SCRIPT.py ...]\n"
-        "       ftlaunch status|logs|cancel OUT [flags]",
+        "       ftlaunch status|logs|cancel OUT [flags]\n"
+        "       ftlaunch doctor [flags] [KEY=VALUE ...]",
         description="Fine-tune a pretrained model on every device there is.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -186,6 +188,20 @@ def build_merge_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def build_doctor_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="ftlaunch doctor",
+        usage="ftlaunch doctor [flags] [KEY=VALUE ...]",
+        description="Say what is on every node, whether they fit together, and how fast they talk.",
+        epilog="Exit codes: 0 a job would run, 1 it would fail, 2 a mistake in what was asked for.",
+        allow_abbrev=False,
+    )
+    _add_shared_flags(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
+    return parser
+
+
 def _add_flags_of_runs(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--max-restarts", type=int, metavar="N", help="restarts after a killed rank")
@@ -224,6 +240,7 @@ _NOT_SETTINGS = (
     "module",
     "script",
     "fault",
+    "json",
 )
 
 
@@ -240,6 +257,8 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
     """(command, its arguments). argparse itself ends with exit code 2 for a flag it does not know."""
     if argv and argv[0] == "eval":
         return argv[0], build_eval_parser().parse_intermixed_args(list(argv[1:]))
+    if argv and argv[0] == "doctor":
+        return argv[0], build_doctor_parser().parse_intermixed_args(list(argv[1:]))
     if argv and argv[0] == "merge":
         arguments = build_merge_parser().parse_args(list(argv[1:]))
         if arguments.verify and (arguments.dtype or arguments.model):
@@ -305,6 +324,10 @@ def _function_of(command: str) -> Callable[[argparse.Namespace, dict[str, Any]],
         from ftlaunch.launcher.submit_command import submit_job
 
         return submit_job
+    if command == "doctor":
+        from ftlaunch.launcher.doctor import doctor
+
+        return doctor
     from ftlaunch.launcher.commands import evaluate, rehearse, train
 
     return {"run": train, "eval": evaluate, "rehearse": rehearse}[command]

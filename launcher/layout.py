@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.events import StartMethod
+from ftlaunch.cluster.hosts import Host
 from ftlaunch.cluster.machine import Machine
 from ftlaunch.launcher.config import ClusterOptions
 from ftlaunch.launcher.npus import npu_places, rank_table_path, refuse_busy
@@ -150,21 +151,36 @@ def _start_method(
 def _one_accelerator(site: Site, machines: Sequence[Machine]) -> str:
     kinds = {machine.accelerator for machine in machines}
     if len(kinds) > 1:
-        rows = [("node", "host", "accelerator", "devices")]
-        for host, machine in zip(site.hosts, machines, strict=True):
-            has = f"{machine.num_devices} × {machine.device_name}"
-            rows.append((host.name, machine.hostname, machine.accelerator, has))
-        hint = ""
-        if "cpu" in kinds:
-            hint = (
-                " Hosts that are listed with cpu show no device: look at the driver there, and at "
-                "CUDA_VISIBLE_DEVICES and ASCEND_RT_VISIBLE_DEVICES."
-            )
-        raise UserError(
-            f"the nodes have different accelerators:\n{table(rows)}\nOne job runs on one kind: choose "
-            f"hosts that are alike.{hint}"
-        )
+        raise UserError(mixed_accelerators(site, machines))
     return kinds.pop()
+
+
+def mixed_accelerators(site: Site, machines: Sequence[Machine]) -> str:
+    """What to say of nodes that have different kinds."""
+    rows = [("node", "host", "accelerator", "devices")]
+    for host, machine in zip(site.hosts, machines, strict=True):
+        has = f"{machine.num_devices} × {machine.device_name}"
+        rows.append((host.name, machine.hostname, machine.accelerator, has))
+    hint = ""
+    if any(machine.accelerator == "cpu" for machine in machines):
+        hint = (
+            " Hosts that are listed with cpu show no device: look at the driver there, and at "
+            "CUDA_VISIBLE_DEVICES and ASCEND_RT_VISIBLE_DEVICES."
+        )
+    return (
+        f"the nodes have different accelerators:\n{table(rows)}\nOne job runs on one kind: choose "
+        f"hosts that are alike.{hint}"
+    )
+
+
+def too_few_devices(cluster: ClusterOptions, host: Host, machine: Machine) -> str:
+    """What to say of a node of which more ranks are asked than it has devices."""
+    available = machine.num_devices
+    asked = f"--devices {cluster.devices}" if cluster.devices else f"slots={host.slots}"
+    return (
+        f"{asked} on {host.name}, which has {available} × {machine.device_name}: every rank "
+        f"needs one of its own. Use {available} or fewer."
+    )
 
 
 def _devices(
@@ -182,11 +198,7 @@ def _devices(
         wanted = cluster.devices or host.slots
         available = machine.num_devices
         if accelerator != "cpu" and wanted is not None and wanted > available:
-            asked = f"--devices {wanted}" if cluster.devices else f"slots={wanted}"
-            raise UserError(
-                f"{asked} on {host.name}, which has {available} × {machine.device_name}: every rank "
-                f"needs one of its own. Use {available} or fewer."
-            )
+            raise UserError(too_few_devices(cluster, host, machine))
         counts.append(wanted or (available if accelerator != "cpu" else 1))
     if cluster.devices is not None:
         why = "as asked for"

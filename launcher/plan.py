@@ -158,7 +158,12 @@ def _strategy(
             )
         reasons.append(Reason(choice="strategy", value=config.strategy, why="as asked for"))
         return config.strategy
-    fitting = [name for name, each in STRATEGIES.items() if accelerator in each.accelerators]
+    # Nobody gets DeepSpeed without having asked for it.
+    fitting = [
+        name
+        for name, each in STRATEGIES.items()
+        if accelerator in each.accelerators and each.zero_stage is None
+    ]
     # Where torch is missing MindSpore may be there. What lacks everything is told of the first.
     installed = [
         name

@@ -69,6 +69,7 @@ STRATEGIES: dict[str, StrategyEntry] = {
         f"zero{stage}": StrategyEntry(
             implementation=f"{_ZERO}:create_zero{stage}",
             package="deepspeed",
+            also=("torch",),
             accelerators=("cpu", "cuda"),
             # DeepSpeed itself looks for accelerators when it is imported: the ranks do that.
             preload=(_ZERO, "torch._dynamo"),

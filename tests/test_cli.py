@@ -14,6 +14,7 @@ import yaml
 
 from ftlaunch.launcher.cli import (
     build_cancel_parser,
+    build_doctor_parser,
     build_eval_parser,
     build_logs_parser,
     build_merge_parser,
@@ -79,6 +80,7 @@ BUILDERS = {
     ("eval",): build_eval_parser,
     ("rehearse",): build_rehearse_parser,
     ("merge",): build_merge_parser,
+    ("doctor",): build_doctor_parser,
     ("submit",): build_submit_parser,
     ("status",): build_status_parser,
     ("logs",): build_logs_parser,
@@ -97,7 +99,9 @@ def test_help(command):
             assert flag in result.stdout
 
 
-@pytest.mark.parametrize("command", [(), ("eval",), ("merge",), ("submit",), ("status",)])
+@pytest.mark.parametrize(
+    "command", [(), ("eval",), ("merge",), ("doctor",), ("submit",), ("status",)]
+)
 def test_help_imports_next_to_nothing(command):
     modules = imported_by(*command, "--help")
     assert modules.isdisjoint({"pydantic", "yaml", "numpy", "rich", *FRAMEWORKS})
@@ -138,6 +142,13 @@ def test_the_flags_about_a_job_are_frozen():
         "logs": {"--follow", "--rank"} | shared,
         "cancel": shared,
     }
+
+
+def test_the_flags_of_the_doctor_are_frozen():
+    """Those that say what a job is and where it runs, and one of its own."""
+    flags = {flag for action in build_doctor_parser()._actions for flag in action.option_strings}
+    of_running = {"--dry-run", "--overwrite", "--max-restarts", "-m", "--version"}
+    assert flags == (FLAGS - of_running) | {"--json"}
 
 
 @pytest.mark.parametrize("build", BUILDERS.values())

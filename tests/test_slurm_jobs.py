@@ -370,7 +370,7 @@ def test_submitting_from_inside_of_an_allocation(bed, tmp_path):
     out = tmp_path / "out"
     script = write_script(
         tmp_path / "s",
-        "import os\nprint({k: v for k, v in os.environ.items() if 'NTASKS' in k or 'NNODES' in k})\n",
+        "import os\nprint(os.environ['SLURM_JOB_NUM_NODES'], os.environ.get('SLURM_NTASKS'))\n",
     )
     words = ["-m", "ftlaunch.launcher", "submit", "-o", out, "--nodes", "2", script]
     env = {**bed.environment(), "SBATCH_TIMELIMIT": "7", "SBATCH_ARRAY_INX": "0-3"}
@@ -380,7 +380,8 @@ def test_submitting_from_inside_of_an_allocation(bed, tmp_path):
     job = submission.submitted_job(out)
     assert job is not None
     assert bed.wait_state(job.job_id, "COMPLETED", "FAILED", seconds=60) == "COMPLETED"
-    assert "'SLURM_NTASKS': '2'" in log_of(out, job.job_id)
+    # Of its own allocation, and of the step of one task that its rank runs in.
+    assert "2 1\n" in log_of(out, job.job_id)
     assert bed.job(job.job_id)["NumNodes"] == "2"
 
 

@@ -21,18 +21,23 @@ _TARGETS = {"cpu": "CPU", "ascend": "Ascend"}
 
 
 def use_device(request: StrategyRequest) -> None:
-    """This rank's device, and the mode in which every operation runs when it is called."""
+    """This rank's device, and what its random numbers begin with."""
+    choose_device(request.accelerator, request.device)
+    ms.set_seed(request.options.train.seed % 2**31)
+
+
+def choose_device(accelerator: str, device: int) -> None:
+    """The device, and the mode in which every operation runs when it is called."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
-    if request.accelerator == "ascend":
+    if accelerator == "ascend":
         # By the place that the launcher has chosen: without one every rank would begin on the first
         # NPU, since only the meeting of the ranks, later, tells MindSpore the others.
-        ms.set_device("Ascend", request.device)
+        ms.set_device("Ascend", device)
     else:
         ms.set_device("CPU")
         # Asynchronous operations pass through four threads that spin while they wait for each other:
         # with more ranks than a few cores a step takes 15 times as long (27 s for 8 steps, not 1.7).
         ms.set_context(pynative_synchronize=True)
-    ms.set_seed(request.options.train.seed % 2**31)
 
 
 def join_group(world: World) -> None:

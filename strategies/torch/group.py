@@ -32,8 +32,19 @@ def use_device(request: StrategyRequest) -> torch.device:
 
 def join_process_group(request: StrategyRequest, device: torch.device) -> None:
     """Collective: meet at the store that rank 0 hosts on the socket its agent has held for it."""
-    world = request.world
-    timeout = datetime.timedelta(seconds=request.timeout_seconds)
+    meet(
+        request.world,
+        device,
+        listen_fd=request.listen_fd,
+        timeout_seconds=request.timeout_seconds,
+    )
+
+
+def meet(
+    world: World, device: torch.device, *, listen_fd: int | None, timeout_seconds: float
+) -> None:
+    """Collective: as `join_process_group`, by what of a request it takes."""
+    timeout = datetime.timedelta(seconds=timeout_seconds)
     hosts = world.is_main
     store = TCPStore(
         world.master_address,
@@ -42,7 +53,7 @@ def join_process_group(request: StrategyRequest, device: torch.device) -> None:
         is_master=hosts,
         timeout=timeout,
         wait_for_workers=False,
-        master_listen_fd=request.listen_fd if hosts else None,
+        master_listen_fd=listen_fd if hosts else None,
     )
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(
