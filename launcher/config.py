@@ -253,9 +253,11 @@ def _parse_override(text: str) -> tuple[str, Any]:
             f"{text!r} is neither a flag nor key=value. Write for example train.learning_rate=2e-5."
         )
     try:
-        return key.strip(), yaml.load(raw, Loader=_Loader)
+        value = yaml.load(raw, Loader=_Loader)
     except (yaml.YAMLError, RecursionError):
-        return key.strip(), raw
+        value = raw
+    # YAML would fold the lines of a text into one.
+    return key.strip(), raw if isinstance(value, str) and "\n" in raw else value
 
 
 def _set(settings: dict[str, Any], key: str, value: Any) -> None:

@@ -60,7 +60,9 @@ class PlayedHost:
     def at(self, *, folder: Path | None = None) -> list[str]:
         """The words before a command that is to run on this host, in `folder`."""
         kinds = ["--uts", "--mount", *(["--net"] if self.network else [])]
-        return ["nsenter", f"--target={self.pid}", *kinds, f"--wdns={folder or Path.cwd()}", "--"]
+        # Its root too: in a chroot, that of the mounts would be another.
+        where = ["--root", f"--wdns={folder or Path.cwd()}"]
+        return ["nsenter", f"--target={self.pid}", *kinds, *where, "--"]
 
     def run(
         self, *words: object, timeout: float = 30, **options: Any
@@ -92,10 +94,18 @@ class PlayedHost:
         """End all of them at once, unasked."""
         self._kill(lambda: self.processes())
 
-    def signal_processes(self, number: signal.Signals) -> None:
-        for pid in self.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+    def freeze(self) -> None:
+        """Stop all of them, until `thaw`: nothing answers, nothing is closed."""
+        deadline = time.monotonic() + _END_SECONDS
+        # Again and again, as for killing.
+        while running := [pid for pid in self.processes() if _state(pid) not in "T"]:
+            _signal(running, signal.SIGSTOP)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"host {self.name}: processes {running} do not stop")
+            time.sleep(_POLL_SECONDS)
+
+    def thaw(self) -> None:
+        _signal(self.processes(), signal.SIGCONT)
 
     def close(self) -> None:
         """End the host: nothing of it is left."""
@@ -109,9 +119,7 @@ class PlayedHost:
         deadline = time.monotonic() + _END_SECONDS
         # Again and again: one that forks meanwhile leaves a child that was not seen.
         while left := find():
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            _signal(left, signal.SIGKILL)
             for process in self._started:
                 process.poll()
             if time.monotonic() > deadline:
@@ -135,6 +143,20 @@ def covered(host: PlayedHost, folder: Path) -> Iterator[None]:
         yield
     finally:
         host.run("umount", "--lazy", folder).check_returncode()
+
+
+def _signal(pids: Sequence[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _state(pid: int) -> str:
+    """The letter of proc(5); "" for a process that has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return ""
 
 
 def _processes_in(namespace: str) -> list[int]:

@@ -237,9 +237,16 @@ class SshBed:
         )
         sshd = shutil.which("sshd", path=program_path())
         words = [sshd, "-D", "-e", "-f", self.folder / f"sshd-{name}.conf"]
-        played.start_daemon(*words, log=self._log)
+        daemon = played.start_daemon(*words, log=self._log)
         sockets = Path(f"/proc/{played.pid}/net/tcp")
-        self._wait(lambda: _LISTENS_ON_22 in sockets.read_text(), f"{name} has no sshd")
+        self._wait(
+            lambda: daemon.poll() is not None or _LISTENS_ON_22 in sockets.read_text(),
+            f"{name} has no sshd",
+        )
+        if daemon.poll() is not None:
+            raise OSError(
+                f"{name} has no sshd: {(self.folder / 'daemons.log').read_text()[-2000:]}"
+            )
 
     def _write_client(self) -> None:
         self._make_key("user")

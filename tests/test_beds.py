@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -75,12 +76,40 @@ def test_a_warning_reaches_steps_or_the_batch_shell(
     assert f"{heard} hears" in out.read_text()
 
 
-@pytest.mark.parametrize("vanish", [SlurmBed.kill_node, SlurmBed.freeze_node])
-def test_a_node_that_vanishes_is_down_and_comes_back(cluster: SlurmBed, vanish) -> None:
-    vanish(cluster, "n4")
-    wait_until(lambda: "down" in cluster.node_states()["n4"], 40, "n4 is down", every=0.2)
+def test_a_node_that_vanishes_is_down_and_comes_back(cluster: SlurmBed) -> None:
+    job = cluster.submit("-N2", "--no-kill", "-w", "n1,n4", "-o", "/dev/null", "--wrap=sleep 100")
+    cluster.wait_state(job, "RUNNING")
+    cluster.kill_node("n4")
+    assert cluster.hosts["n4"].processes() == []
+    cluster.mark_down("n4")
+    wait_until(lambda: "down" in cluster.node_states()["n4"], 10, "n4 is down")
+    wait_until(lambda: cluster.job(job)["NodeList"] == "n1", 10, "the job goes on without n4")
     cluster.clear()
     assert cluster.run("srun", "-w", "n4", "hostname").stdout == "n4\n"
+
+
+def test_a_node_falls_silent_and_speaks_again(cluster: SlurmBed) -> None:
+    with subprocess.Popen(
+        ["srun", "-w", "n2", "sh", "-c", "while echo alive; do sleep 0.2; done"],
+        env=cluster.environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as step:
+        assert step.stdout is not None
+        assert step.stdout.readline() == "alive\n"
+        cluster.freeze_node("n2")
+        thaw = threading.Timer(1.5, cluster.thaw_node, ["n2"])
+        thaw.start()
+        try:
+            begin = time.monotonic()
+            lines = [step.stdout.readline() for _ in range(10)]
+            assert time.monotonic() - begin > 1.5
+            assert lines == ["alive\n"] * 10
+        finally:
+            thaw.join()
+            step.terminate()
+            step.communicate(timeout=20)
 
 
 # -- ssh ----------------------------------------------------------------------------------------
