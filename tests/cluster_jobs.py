@@ -29,7 +29,7 @@ from tests.ssh_bed import SshBed
 Kind = Literal["local", "slurm", "ssh"]
 # So long a job may take to be gone after its fault was noticed.
 GONE_SECONDS = 5.0
-_END_SECONDS = 60.0
+_END_SECONDS = 90.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +88,7 @@ class Place:
                 self.end(process)
 
     def run(
-        self, *args: object, timeout: float = 180, **options: Any
+        self, *args: object, timeout: float = 300, **options: Any
     ) -> subprocess.CompletedProcess[str]:
         """Run `ftlaunch ARGS` to its end."""
         with self.start(*args, **options) as process:

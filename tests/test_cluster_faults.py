@@ -426,20 +426,20 @@ def small_disk(tmp_path):
         reason = f"a small file system cannot be mounted here: {made.stderr.strip()}"
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
     yield folder
-    subprocess.run(["umount", str(folder)], check=True, timeout=30)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=30)
 
 
 @pytest.fixture
 def place_with_a_disk(request, small_disk):
     """A cluster of its own, whose hosts are younger than the disk."""
-    if request.param == "slurm":
-        with beds.slurm_cluster() as slurm:
-            yield Place(kind="slurm", bed=slurm)
-    elif request.param == "ssh":
-        with beds.ssh_cluster() as ssh:
-            yield Place(kind="ssh", bed=ssh)
-    else:
-        yield Place(kind="local")
+    with contextlib.ExitStack() as stack:
+        found = Place(kind="local")
+        if request.param == "slurm":
+            found = Place(kind="slurm", bed=stack.enter_context(beds.slurm_cluster()))
+        elif request.param == "ssh":
+            found = Place(kind="ssh", bed=stack.enter_context(beds.ssh_cluster()))
+        yield found
+        found.clear()
 
 
 @pytest.mark.faults
