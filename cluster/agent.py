@@ -291,9 +291,17 @@ class Agent:
         if now - self._server_pinged_at > self._heartbeat_seconds / 3:
             self._server_pinged_at = now
             self._link.send(Ping(time=now))
-        if now - self._server_heard_at > self._heartbeat_seconds and self._kill_by is None:
+        silent = now - self._server_heard_at > self._heartbeat_seconds
+        if silent and self._kill_by is None and not self._server_works():
             print(f"fork server silent for {now - self._server_heard_at:.1f} s", file=sys.stderr)
             self._end_server()
+
+    def _server_works(self) -> bool:
+        """It runs, or waits for a disk: a library that is loaded in one piece lets it say nothing."""
+        if self._link is None or self._link.server_pid is None:
+            return False
+        process = read_process(self._link.server_pid)
+        return process is not None and process.state in "RD"
 
     def _read_server(self) -> bool:
         assert self._link is not None

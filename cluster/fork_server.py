@@ -16,6 +16,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import struct
 import sys
 import time
@@ -358,6 +359,10 @@ class ForkServer:
     def _close(self, connection: _Connection) -> None:
         """Its agent is gone. A script may still clean up, within the time of grace."""
         connection.closed = True
+        if _leads_elsewhere(sys.stderr.fileno()):
+            # The one that takes its place will have another environment, and a server of its own;
+            # and what has led to this one stays until nobody holds its end.
+            self._linger_seconds = 0.0
         if connection.ranks and connection.kill_at is None:
             self._end(connection, self._grace_seconds)
         self._drop_closed()
@@ -374,6 +379,12 @@ def _end_session(leader: int) -> int:
     left = [p for p in process_table().values() if p.session == leader and p.is_alive]
     end_processes(left)
     return len(left)
+
+
+def _leads_elsewhere(descriptor: int) -> bool:
+    """Not a file: the agent was started through sshd or slurmstepd."""
+    mode = os.fstat(descriptor).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
 def uid_of(peer: socket.socket) -> int:

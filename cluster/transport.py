@@ -39,8 +39,9 @@ def python_command(module: str, *arguments: str) -> list[str]:
 # Read from stdin byte by byte, so that nothing is taken that is meant for the agent: one line of
 # JSON with the agent's environment, working folder and command. Nothing of it is on a command line,
 # which everybody on a machine can read. One line, without "!": it passes through any login shell.
+# srun begins in our own working folder, where a user's `json.py` may lie.
 _BOOTSTRAP = (
-    "import json, os, sys; "
+    "import sys; sys.path[:] = [p for p in sys.path if p]; import json, os; "
     "orders = json.loads(b''.join(iter(lambda: os.read(0, 1) or sys.exit(1), b'\\n'))); "
     "os.environ.update(orders['env']); "
     "os.path.isdir(orders['cwd']) and os.chdir(orders['cwd']); "

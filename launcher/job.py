@@ -33,7 +33,7 @@ from ftlaunch.launcher.output_folder import OWN_NAMES, OutputFolder, default_out
 from ftlaunch.launcher.plan import LaunchPlan, halve_micro_batch, make_plan
 from ftlaunch.launcher.ranks import PLAN_OF_RANKS, output_label, preparation, rank_starts
 from ftlaunch.launcher.recorder import Recorder
-from ftlaunch.launcher.rehearsal import Rehearsal, check_faults
+from ftlaunch.launcher.rehearsal import Rehearsal, check_faults, check_site
 from ftlaunch.launcher.report import write_report
 from ftlaunch.launcher.restarts import Restart, RestartPolicy
 from ftlaunch.launcher.site import Site, find_site, orders_for, ways_to
@@ -111,6 +111,7 @@ def run_job(
     folder = default_output_dir(config)
     machine = detect_machine(os.environ)
     rehearsal = rehearsal or Rehearsal(())
+    check_site(rehearsal.faults, is_one_machine=site.is_one_machine)
     if site.is_one_machine:
         # Its plan is known already: most mistakes are found before anything is made or started.
         table = with_rank_table(config.cluster, machine, os.environ)

@@ -130,6 +130,16 @@ def check_faults(
             )
 
 
+def check_site(faults: Sequence[Fault], *, is_one_machine: bool) -> None:
+    """UserError for a process that may be on another machine: its number is somebody else's here."""
+    for fault in faults:
+        if not is_one_machine and fault.kind not in _WITHOUT_TARGET:
+            raise UserError(
+                f"--fault {fault}: faults are done to processes of this machine, and the nodes of "
+                "this job are others. Rehearse it with --cluster local, which plays the nodes here."
+            )
+
+
 def _do(fault: Fault, processes: Processes) -> bool:
     """False when the process is not there (yet)."""
     victims, number = _victims(fault, processes)

@@ -30,7 +30,7 @@ from ftlaunch.launcher.npus import with_rank_table
 from ftlaunch.launcher.opening import open_job
 from ftlaunch.launcher.output_folder import OutputFolder, default_output_dir
 from ftlaunch.launcher.ranks import output_label
-from ftlaunch.launcher.rehearsal import Rehearsal, check_faults
+from ftlaunch.launcher.rehearsal import Rehearsal, check_faults, check_site
 from ftlaunch.launcher.restarts import Restart, RestartPolicy
 from ftlaunch.launcher.script_plan import (
     Script,
@@ -73,6 +73,7 @@ def run_script(
     site = find_site(config.cluster, os.environ)
     machine = detect_machine(os.environ)
     rehearsal = rehearsal or Rehearsal(())
+    check_site(rehearsal.faults, is_one_machine=site.is_one_machine)
     if site.is_one_machine:
         _check(_plan(config, site, script, [machine] * len(site.hosts)), rehearsal)
     need_descriptors(len(site.hosts))

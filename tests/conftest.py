@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.fault_table import FaultTable
+
 # Before any library reads them: nothing is looked up on a hub, nothing lands in the user's caches.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -49,6 +51,23 @@ def pytest_ignore_collect(collection_path, config):
     if collection_path.parent == _FOLDER and not HAS_TORCH:
         return None if collection_path.name in _IN_BOTH else True
     return None
+
+
+FAULTS = pytest.StashKey[FaultTable]()
+
+
+@pytest.fixture(scope="session")
+def fault_table(pytestconfig):
+    """What faults cost, to be printed at the end."""
+    return pytestconfig.stash.setdefault(FAULTS, FaultTable())
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    table = config.stash.get(FAULTS, None)
+    if table is not None and table.cells:
+        terminalreporter.section("seconds from a fault until nothing of the job was left")
+        for line in table.lines():
+            terminalreporter.write_line(line)
 
 
 def pytest_report_header(config):

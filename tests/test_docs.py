@@ -254,7 +254,7 @@ def _check_ftlaunch(words: list[str]) -> None:
 
 @each_document
 def test_commands_exist(document: Path) -> None:
-    targets = set(re.findall(r"^([a-z]+):", _text("Makefile"), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", _text("Makefile"), flags=re.MULTILINE))
     for program, *words in _commands(document):
         if program == "make":
             assert words and set(words) <= targets, words

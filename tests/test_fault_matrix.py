@@ -1,4 +1,4 @@
-"""The whole matrix of faults, `make faults`: each at random moments, many times."""
+"""The whole matrix of faults, `make test-faults`: each at random moments, many times."""
 
 from __future__ import annotations
 

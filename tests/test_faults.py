@@ -19,6 +19,7 @@ from ftlaunch.launcher.restarts import RestartPolicy
 from tests.jobs import (
     SCRIPT,
     agent_processes,
+    assert_mistake,
     assert_no_process_left,
     checkpoint_steps,
     finish,
@@ -150,6 +151,14 @@ def test_a_rehearsal_without_a_fault(tmp_path):
     result = ftlaunch("rehearse", "--nodes", 2, cwd=tmp_path)
     assert result.returncode == 2
     assert "--fault kill-rank:0@step5" in result.stderr
+
+
+def test_faults_are_done_to_no_other_machines_processes(tmp_path):
+    """Their numbers are those of other processes here."""
+    elsewhere = ("--cluster", "ssh", "cluster.hosts=[n1,n2]", "-o", tmp_path / "out")
+    result = ftlaunch("rehearse", "--fault", "kill-rank:1@step5", *elsewhere)
+    assert_mistake(result, "kill-rank 1", "processes of this machine", "--cluster local")
+    assert not (tmp_path / "out").exists()
 
 
 # -- restarts by cause --------------------------------------------------------------------------

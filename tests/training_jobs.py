@@ -20,7 +20,7 @@ from tests.jobs import (
 )
 
 NUM_STEPS = 90
-START_SECONDS = 120.0
+START_SECONDS = 240.0
 
 
 class Inputs:
