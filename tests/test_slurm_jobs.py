@@ -25,7 +25,7 @@ from tests.jobs import (
     wait_until,
 )
 from tests.test_submission import write_snapshot
-from tests.training_jobs import Inputs
+from tests.training_jobs import Inputs, assert_every_checkpoint_whole, assert_same_training
 
 START_SECONDS = 120.0
 
@@ -235,6 +235,33 @@ def test_a_job_that_is_told_of_its_end_goes_on_from_there(bed, tmp_path, inputs)
     time.sleep(2.0)
     assert bed.job_state(job) == "CANCELLED"
     assert state_of(bed, out)["status"] == "cancelled"
+    assert bed.drained() == {}
+
+
+@pytest.mark.faults
+def test_four_nodes_that_are_preempted_twice(bed, tmp_path, inputs):
+    """By somebody's requeue, then by the notice before the limit: the losses of an undisturbed run."""
+    changes = ("train.max_steps=300", "checkpoint.save_steps=20", "train.eval_strategy=no")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    done = ftlaunch(*inputs.command(whole, *changes, nodes=4))
+    assert done.returncode == 0, said(done)
+    words = [w for w in inputs.command(out, *changes, nodes=4) if w not in ("-o", out)]
+    job = submitted(bed, out, *words, "--time", "30")
+
+    wait_for_step(out, job, 25)
+    assert bed.run("scontrol", "requeue", job).returncode == 0
+    wait_for_words(out, job, "resumed after step", 90)
+    first = checkpoint_steps(out)[-1]
+    wait_until(lambda: metrics_of(out)[-1]["step"] > first + 15, 90, "steps after the requeue")
+    bed.warn(job, batch=True)
+    wait_for_words(out, job, "goes back into the queue")
+    assert checkpoint_steps(out)[-1] < 300
+    assert bed.wait_state(job, "COMPLETED", "FAILED", seconds=180) == "COMPLETED"
+
+    assert bed.job(job)["Restarts"] == "2"
+    assert_same_training(metrics_of(out), metrics_of(whole))
+    assert_every_checkpoint_whole(out)
+    assert state_of(bed, out)["exit_code"] == 0
     assert bed.drained() == {}
 
 
