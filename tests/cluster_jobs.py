@@ -143,11 +143,19 @@ class Place:
         (child,) = _children(process.pid)
         return child
 
+    def transport(self, process: subprocess.Popen[str], number: int) -> int:
+        """What leads from the command to one node: its `ssh` or `srun`."""
+        program = {"ssh": "ssh", "slurm": "srun"}[self.kind]
+        (found,) = [
+            pid
+            for pid in _children(self.coordinator(process))
+            if process_name(pid) == program and self.node(number) in _words(pid, 2000)
+        ]
+        return found
+
     def processes_on(self, out: Path, number: int) -> list[int]:
-        """All of the job that runs on one node; here its agent comes first, before its rank."""
-        if isinstance(self.bed, SshBed):
-            return self.bed.processes(self.node(number))
-        if isinstance(self.bed, SlurmBed):
+        """All of the job that runs on one node; here its agent comes first, then its rank."""
+        if self.bed is not None:
             return self.bed.processes(self.node(number))
         rank = f"rank-{number}"
         return [
@@ -224,9 +232,9 @@ def environment_of(pid: int) -> Mapping[str, str]:
     return dict(word.split("=", 1) for word in content.split("\0") if "=" in word)
 
 
-def _words(pid: int) -> str:
+def _words(pid: int, most: int = 200) -> str:
     try:
         words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
-        return f"({Path(f'/proc/{pid}/comm').read_text().strip()}) {words[:200]}"
+        return f"({Path(f'/proc/{pid}/comm').read_text().strip()}) {words[:most]}"
     except OSError:
         return "(gone)"
