@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -97,6 +98,20 @@ def test_an_allocation_is_used_without_a_flag(slurm, local_losses, tmp_path):
     assert_no_process_left(out)
     slurm.wait_idle()
     assert not slurm.drained()
+
+
+def test_a_submitted_job_computes_the_same(slurm, local_losses, tmp_path):
+    out = tmp_path / "out"
+    done = ftlaunch(
+        *("submit", "--nodes", 4, "--time", "10", "-o", out, *DEMO), env=slurm.environment()
+    )
+    assert done.returncode == 0, said(done)
+    [job] = re.findall(r"submitted as job (\d+)", done.stdout)
+    assert slurm.wait_state(job, "COMPLETED", "FAILED", seconds=120) == "COMPLETED"
+    assert losses(out) == pytest.approx(local_losses, abs=2e-6)
+    assert len(losses(out)) == STEPS
+    assert "all 4 hosts of SLURM's job" in (out / "logs" / f"slurm-{job}.log").read_text()
+    slurm.wait_idle()
 
 
 def test_a_part_of_an_allocation(slurm, tmp_path):
