@@ -9,7 +9,7 @@ MS_VENV := .venv-mindspore
 MS_BIN := $(MS_VENV)/bin
 MS_STAMP := $(MS_VENV)/.installed
 
-.PHONY: demo test test-torch test-mindspore test-faults faults check format setup clean
+.PHONY: demo test test-torch test-mindspore test-long test-faults faults check format setup clean
 
 demo: $(STAMP)
 	$(BIN)/ftlaunch --nodes 4
@@ -21,6 +21,10 @@ test-torch: $(STAMP)
 
 test-mindspore: $(STAMP) $(MS_STAMP)
 	$(MS_BIN)/python -m pytest
+
+# All of what `make test` has a sample of.
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long
 
 # The whole matrix of faults: more than an hour on two cores.
 test-faults: $(STAMP)
