@@ -74,6 +74,24 @@ def local_losses(tmp_path_factory):
     return losses(out)
 
 
+@pytest.fixture
+def script(tmp_path):
+    """A script that leaves a mark on each rank, and needs no framework."""
+    path = tmp_path / "script" / "mark.py"
+    path.parent.mkdir()
+    path.write_text(
+        "import os, pathlib, socket\n"
+        "rank, size = os.environ['RANK'], os.environ['WORLD_SIZE']\n"
+        "mark = f'{rank} of {size} on {socket.gethostname()}'\n"
+        "pathlib.Path(__file__).with_name(f'{rank}.mark').write_text(mark)\n"
+    )
+    return path
+
+
+def marks_of(script: Path) -> list[str]:
+    return [path.read_text() for path in script.parent.glob("*.mark")]
+
+
 # -- the same job elsewhere ---------------------------------------------------------------------
 
 
@@ -114,11 +132,11 @@ def test_a_submitted_job_computes_the_same(slurm, local_losses, tmp_path):
     slurm.wait_idle()
 
 
-def test_a_part_of_an_allocation(slurm, tmp_path):
-    done = in_allocation(slurm, "--nodes", 2, "-o", tmp_path / "out", *DEMO)
+def test_a_part_of_an_allocation(slurm, tmp_path, script):
+    done = in_allocation(slurm, "--nodes", 2, "-o", tmp_path / "out", script)
     assert done.returncode == 0, said(done)
     assert "2 of 4 hosts" in done.stdout
-    assert "n3" not in done.stdout
+    assert sorted(marks_of(script)) == ["0 of 2 on n1", "1 of 2 on n2"]
 
 
 def test_more_nodes_than_were_allocated(slurm, tmp_path):
@@ -127,15 +145,16 @@ def test_more_nodes_than_were_allocated(slurm, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_how_the_allocation_is_cut_into_tasks_does_not_matter(slurm, tmp_path):
+def test_how_the_allocation_is_cut_into_tasks_does_not_matter(slurm, tmp_path, script):
     command = ["salloc", "--quiet", "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1"]
     done = ftlaunch(
-        *("-o", tmp_path / "out", *DEMO),
+        *("-o", tmp_path / "out", script),
         command=[*command, *SCRIPT],
         env=slurm.environment(),
     )
     assert done.returncode == 0, said(done)
     assert "all 2 hosts" in done.stdout
+    assert sorted(marks_of(script)) == ["0 of 2 on n1", "1 of 2 on n2"]
 
 
 def test_uneven_slots(ssh_hosts, local_losses, tmp_path):
@@ -228,11 +247,12 @@ def test_all_hosts_that_cannot_be_reached_are_named(ssh_hosts, tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["\n", ""])
-def test_a_shell_that_prints_changes_nothing(ssh_hosts, tmp_path, ending):
+def test_a_shell_that_prints_changes_nothing(ssh_hosts, tmp_path, script, ending):
     bashrc = f"printf 'welcome to {{\"kind\": 1}}{ending}'\nprintf 'and more' >&2\n"
     with ssh_hosts.host(SshHost(name="chatty", bashrc=bashrc)):
-        done = over_ssh(ssh_hosts, "cluster.hosts=n1,chatty", "-o", tmp_path / "out", *DEMO)
+        done = over_ssh(ssh_hosts, "cluster.hosts=n1,chatty", "-o", tmp_path / "out", script)
     assert done.returncode == 0, said(done)
+    assert sorted(marks_of(script)) == ["0 of 2 on n1", "1 of 2 on chatty"]
 
 
 def test_an_output_folder_that_is_not_shared(ssh_hosts, tmp_path):
