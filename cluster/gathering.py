@@ -5,9 +5,11 @@ Each function asks all nodes at once and waits for the last answer, within a lim
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -67,11 +69,21 @@ def gather(nodes: Nodes, seconds: float, note: OnEvent) -> dict[int, Hello]:
             awaited.discard(number)
         elif isinstance(event, Hello):
             awaited.discard(number)
-            found[number] = event
+            found[number] = replace(event, addresses=_addresses_of(event))
         else:
             note(number, event)
         if nodes.signals.count:
             break
+    return found
+
+
+def _addresses_of(hello: Hello) -> dict[str, str]:
+    """Those that are such: what another machine says is a claim."""
+    found = {}
+    for address, interface in hello.addresses.items():
+        with contextlib.suppress(ValueError):
+            ipaddress.ip_address(address)
+            found[address] = interface
     return found
 
 
@@ -210,7 +222,9 @@ def _ask(
     for number, event in nodes.poll_until(_ANSWER_SECONDS, lambda: len(found) < len(commands)):
         if event is None:
             raise agent_lost(nodes[number])
-        if isinstance(event, kind):
+        if isinstance(event, Refused):
+            raise (UserError if event.user else JobError)(f"{nodes.names[number]}: {event.reason}")
+        if isinstance(event, kind) and number in commands:
             found[number] = event
         else:
             note(number, event)

@@ -14,7 +14,7 @@ from pathlib import Path
 from ftlaunch.cluster.events import Command, Event, Ping, Signalled, Suspend, decode_event
 from ftlaunch.cluster.fork_link import JOB_VARIABLE
 from ftlaunch.cluster.linux import kill_exactly, processes_with
-from ftlaunch.cluster.signals import StopSignals
+from ftlaunch.cluster.signals import ANNOUNCEMENTS, StopSignals
 from ftlaunch.cluster.transport import Node, Orders, Way, start_agent
 
 _READ_BYTES = 1 << 16
@@ -152,7 +152,8 @@ class Nodes:
                 continue
             node.hear(event)
             if isinstance(event, Signalled):
-                self.signals.relay(event.signal)
+                if event.signal in ANNOUNCEMENTS:
+                    self.signals.relay(event.signal)
             else:
                 yield event
 
