@@ -207,9 +207,14 @@ class Coordinator:
             if self._prepare is not None:
                 self._nodes[number].send(self._prepare)
         self._hellos |= gather(self._nodes, _HELLO_SECONDS, self._note)
+        for number, node in enumerate(self._nodes):
+            if node.lost is not None:
+                # Also one that was there and went while the others were waited for.
+                self._hellos.pop(number, None)
         missing = [number for number in range(len(self._nodes)) if number not in self._hellos]
-        if missing and not self.stop_requested and len(self._hellos) < least:
-            raise JobError(str(incomplete(self._nodes, missing, _HELLO_SECONDS)))
+        if len(self._hellos) < max(1, least) and not self.stop_requested:
+            so = "the job does not go on"
+            raise JobError(str(incomplete(self._nodes, missing, _HELLO_SECONDS, so=so)))
         for number in missing:
             if self._nodes[number].lost is None:
                 self._nodes.give_up(number, f"silent for {_HELLO_SECONDS:.0f} s")

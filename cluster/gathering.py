@@ -87,13 +87,18 @@ def _addresses_of(hello: Hello) -> dict[str, str]:
     return found
 
 
-def incomplete(nodes: Nodes, missing: Sequence[int], seconds: float) -> UserError | JobError:
-    """What to raise when agents are missing; every one of them is named, with what is known."""
+def incomplete(
+    nodes: Nodes, missing: Sequence[int], seconds: float, *, so: str = "nothing was started"
+) -> UserError | JobError:
+    """What to raise when agents are missing; every one of them is named, with what is known.
+
+    so   what follows from it
+    """
     absent = [nodes[number] for number in missing]
     here = [node for node in absent if node.kind == "local"]
     if here and here[0].lost is not None:
         return agent_lost(here[0])
-    lines = [f"{len(absent)} of {len(nodes)} nodes cannot be used, so nothing was started:"]
+    lines = [f"{len(absent)} of {len(nodes)} nodes cannot be used, so {so}:"]
     lines += [f"  {node.name}: {why_unreachable(node, seconds)}" for node in absent]
     return (JobError if here else UserError)("\n".join(lines))
 
