@@ -127,6 +127,9 @@ class Attempt:
 
     def take(self, node: int, event: Event, offset: float, on_message: OnMessage) -> None:
         """`offset` is what the clock of the node's agent is ahead of ours."""
+        if isinstance(event, FromRank | Exited | Stack) and self._node_of.get(event.rank) != node:
+            # Of a rank that this node was not given: another machine's word is not enough.
+            return
         if isinstance(event, FromRank):
             payload = event.payload
             if payload.get("kind") == "ending" and isinstance(payload.get("code"), int):

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from ftlaunch.cluster.attempt import Attempt, OnMessage, Outcome
-from ftlaunch.cluster.errors import JobError
+from ftlaunch.cluster.errors import JobError, UserError
 from ftlaunch.cluster.events import (
     AskStacks,
     Bind,
@@ -136,7 +136,16 @@ class Coordinator:
         if missing and self.present is None:
             raise incomplete(self._nodes, missing, _HELLO_SECONDS)
         self.present = tuple(sorted(self._hellos))
-        return [Machine.from_dict(self._hellos[number].machine) for number in self.present]
+        return [self._machine_of(number) for number in self.present]
+
+    def _machine_of(self, number: int) -> Machine:
+        try:
+            return Machine.from_dict(self._hellos[number].machine)
+        except ValueError as error:
+            raise UserError(
+                f"{self._nodes.names[number]} describes its machine in words of another version of "
+                f"ftlaunch ({error}): install the same on all nodes, best in a folder that they share."
+            ) from None
 
     def meet(self) -> tuple[dict[int, Machine], dict[int, str]]:
         """As `machines`, whoever is missing: who is there, and why the others cannot be used.
@@ -198,9 +207,14 @@ class Coordinator:
             if self._prepare is not None:
                 self._nodes[number].send(self._prepare)
         self._hellos |= gather(self._nodes, _HELLO_SECONDS, self._note)
+        for number, node in enumerate(self._nodes):
+            if node.lost is not None:
+                # Also one that was there and went while the others were waited for.
+                self._hellos.pop(number, None)
         missing = [number for number in range(len(self._nodes)) if number not in self._hellos]
-        if missing and not self.stop_requested and len(self._hellos) < least:
-            raise JobError(str(incomplete(self._nodes, missing, _HELLO_SECONDS)))
+        if len(self._hellos) < max(1, least) and not self.stop_requested:
+            so = "the job does not go on"
+            raise JobError(str(incomplete(self._nodes, missing, _HELLO_SECONDS, so=so)))
         for number in missing:
             if self._nodes[number].lost is None:
                 self._nodes.give_up(number, f"silent for {_HELLO_SECONDS:.0f} s")

@@ -10,8 +10,8 @@ All times are of the sender's CLOCK_MONOTONIC.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args
 
 EVENT_PREFIX = b"\x1eftlaunch "
@@ -394,13 +394,52 @@ def _encode(message: Command | Event) -> bytes:
 
 
 def _decode(line: bytes, kinds: Mapping[str, type[Any]]) -> Any:
-    raw = json.loads(line)
-    if not isinstance(raw, dict) or raw.get("kind") not in kinds:
+    try:
+        raw = json.loads(line)
+    except RecursionError:
+        raise ValueError("malformed message: nested too deeply") from None
+    kind = raw.pop("kind", None) if isinstance(raw, dict) else None
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"unknown message: {line[:200]!r}")
     try:
-        return kinds[raw.pop("kind")](**raw)
+        message = kinds[kind](**raw)
     except TypeError as error:
         raise ValueError(f"malformed message: {error}") from None
+    for each in fields(message):
+        value = getattr(message, each.name)
+        if not _FIELD_CHECKS[str(each.type)](value):
+            raise ValueError(f"malformed message: {kind} with {each.name} of {value!r:.80}")
+    return message
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list_of(value: object, kind: type[Any]) -> bool:
+    return isinstance(value, list) and all(isinstance(each, kind) for each in value)
+
+
+def _is_text_map(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+
+
+# By annotation, so that a new message of known types needs nothing here. A rank's start is made of
+# its dict later.
+_FIELD_CHECKS: Mapping[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": _is_number,
+    "int | None": lambda value: value is None or _is_number(value),
+    "float": lambda value: isinstance(value, float) or _is_number(value),
+    "bool": lambda value: isinstance(value, bool),
+    "list[str]": lambda value: _is_list_of(value, str),
+    "list[int]": lambda value: _is_list_of(value, int),
+    "dict[str, str]": _is_text_map,
+    "dict[str, Any]": lambda value: isinstance(value, dict),
+    "StartMethod": lambda value: value in get_args(StartMethod),
+    "RankStart": lambda value: isinstance(value, dict),
+    "list[RankStart]": lambda value: _is_list_of(value, dict),
+}
 
 
 # -- lines --------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ Each function asks all nodes at once and waits for the last answer, within a lim
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -67,7 +69,7 @@ def gather(nodes: Nodes, seconds: float, note: OnEvent) -> dict[int, Hello]:
             awaited.discard(number)
         elif isinstance(event, Hello):
             awaited.discard(number)
-            found[number] = event
+            found[number] = replace(event, addresses=_addresses_of(event))
         else:
             note(number, event)
         if nodes.signals.count:
@@ -75,13 +77,28 @@ def gather(nodes: Nodes, seconds: float, note: OnEvent) -> dict[int, Hello]:
     return found
 
 
-def incomplete(nodes: Nodes, missing: Sequence[int], seconds: float) -> UserError | JobError:
-    """What to raise when agents are missing; every one of them is named, with what is known."""
+def _addresses_of(hello: Hello) -> dict[str, str]:
+    """Those that are such: what another machine says is a claim."""
+    found = {}
+    for address, interface in hello.addresses.items():
+        with contextlib.suppress(ValueError):
+            ipaddress.ip_address(address)
+            found[address] = interface
+    return found
+
+
+def incomplete(
+    nodes: Nodes, missing: Sequence[int], seconds: float, *, so: str = "nothing was started"
+) -> UserError | JobError:
+    """What to raise when agents are missing; every one of them is named, with what is known.
+
+    so   what follows from it
+    """
     absent = [nodes[number] for number in missing]
     here = [node for node in absent if node.kind == "local"]
     if here and here[0].lost is not None:
         return agent_lost(here[0])
-    lines = [f"{len(absent)} of {len(nodes)} nodes cannot be used, so nothing was started:"]
+    lines = [f"{len(absent)} of {len(nodes)} nodes cannot be used, so {so}:"]
     lines += [f"  {node.name}: {why_unreachable(node, seconds)}" for node in absent]
     return (JobError if here else UserError)("\n".join(lines))
 
@@ -210,7 +227,9 @@ def _ask(
     for number, event in nodes.poll_until(_ANSWER_SECONDS, lambda: len(found) < len(commands)):
         if event is None:
             raise agent_lost(nodes[number])
-        if isinstance(event, kind):
+        if isinstance(event, Refused):
+            raise (UserError if event.user else JobError)(f"{nodes.names[number]}: {event.reason}")
+        if isinstance(event, kind) and number in commands:
             found[number] = event
         else:
             note(number, event)

@@ -14,13 +14,15 @@ from pathlib import Path
 from ftlaunch.cluster.events import Command, Event, Ping, Signalled, Suspend, decode_event
 from ftlaunch.cluster.fork_link import JOB_VARIABLE
 from ftlaunch.cluster.linux import kill_exactly, processes_with
-from ftlaunch.cluster.signals import StopSignals
+from ftlaunch.cluster.signals import ANNOUNCEMENTS, StopSignals
 from ftlaunch.cluster.transport import Node, Orders, Way, start_agent
 
 _READ_BYTES = 1 << 16
 _LEAVE_SECONDS = 8.0
 # Pings within the time after which silence means loss.
 _PINGS = 3
+# How soon what a pipe did not take is tried again.
+_FLUSH_SECONDS = 0.01
 
 
 class Nodes:
@@ -121,6 +123,9 @@ class Nodes:
         """(node, event) of what has come within `seconds`; (node, None) once its agent is lost."""
         self._obey_suspend()
         arrived: list[tuple[int, Event | None]] = []
+        unsent = [node.flush() for node in self._nodes if node.lost is None]
+        if any(unsent):
+            seconds = min(seconds, _FLUSH_SECONDS)
         for key, _ in self._selector.select(seconds):
             if key.data is None:
                 self.signals.drain()
@@ -147,7 +152,8 @@ class Nodes:
                 continue
             node.hear(event)
             if isinstance(event, Signalled):
-                self.signals.relay(event.signal)
+                if event.signal in ANNOUNCEMENTS:
+                    self.signals.relay(event.signal)
             else:
                 yield event
 

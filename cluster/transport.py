@@ -108,6 +108,7 @@ class Node:
     lost: str | None = None
     heard_at: float = 0.0
     _sending: threading.Lock = field(default_factory=threading.Lock)
+    _unsent: bytearray = field(default_factory=bytearray)
 
     @property
     def events(self) -> IO[bytes]:
@@ -128,13 +129,29 @@ class Node:
         return self.write(encode_command(command))
 
     def write(self, data: bytes) -> bool:
-        """As `send`, of what is no command."""
+        """As `send`, of what is no command. What the pipe does not take yet is kept for `flush`.
+
+        Nobody waits here: what leads to a node may read nothing for as long as it likes.
+        """
+        with self._sending:
+            self._unsent += data
+            return self._flush()
+
+    def flush(self) -> bool:
+        """Write on; whether there is more to write."""
+        with self._sending:
+            return self._flush() and bool(self._unsent)
+
+    def _flush(self) -> bool:
+        """False when nobody reads any more."""
         assert self.process.stdin is not None
         try:
-            with self._sending:
-                self.process.stdin.write(data)
-                self.process.stdin.flush()
+            while self._unsent:
+                del self._unsent[: os.write(self.process.stdin.fileno(), self._unsent)]
+        except BlockingIOError:
+            pass
         except (BrokenPipeError, ValueError):
+            self._unsent.clear()
             return False
         return True
 
@@ -184,7 +201,8 @@ def start_agent(way: Way, orders: Orders, mark: Mapping[str, str], log_path: Pat
             env={**os.environ, **mark} if not remote else way.env,
             start_new_session=True,
         )
-    assert process.stdout is not None
+    assert process.stdin is not None and process.stdout is not None
+    os.set_blocking(process.stdin.fileno(), False)
     os.set_blocking(process.stdout.fileno(), False)
     node = Node(name=way.name, kind=way.kind, process=process, log_path=log_path)
     if remote:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ftlaunch.cluster.attempt import Outcome
 from ftlaunch.cluster.coordinator import Coordinator
+from ftlaunch.cluster.errors import FtlaunchError
 from ftlaunch.cluster.verdict import Failure
 from ftlaunch.launcher.restarts import Restart, RestartPolicy
 
@@ -45,8 +47,9 @@ def run_attempts(
     reopen       makes a new plan when the nodes are not those of before
     least        with so many of them it goes on
     """
+    # A mistake that shows before the first ranks run is told as such: there is no job yet.
+    outcome = attempt()
     while True:
-        outcome = attempt()
         if outcome.verdict is not None:
             first = outcome.verdict.first
             timeline.add(f"failed: {first.subject}: {first.title}")
@@ -58,8 +61,30 @@ def run_attempts(
             return outcome
         on_restart(restart)
         timeline.add(f"restart {policy.restarts}" if not restart.halves_micro_batch else "restart")
-        if coordinator.replace_lost(least):
-            timeline.add(f"{len(coordinator.present or ())} nodes take part")
-            reopen()
-        if coordinator.stop_requested:
-            return outcome
+        try:
+            if coordinator.replace_lost(least):
+                timeline.add(f"{len(coordinator.present or ())} nodes take part")
+                reopen()
+            if coordinator.stop_requested:
+                return _stopped(coordinator)
+            outcome = attempt()
+        except (FtlaunchError, OSError) as error:
+            return _without_another(outcome, str(error))
+        except KeyboardInterrupt:
+            return Outcome(ending="interrupted")
+
+
+def _stopped(coordinator: Coordinator) -> Outcome:
+    """Between two attempts: the failure would have been made good, and what was saved is there."""
+    if coordinator.hurried:
+        return Outcome(ending="interrupted")
+    name = coordinator.stop_signal
+    return Outcome(ending="stopped", stop_signal=signal.Signals[name] if name else None)
+
+
+def _without_another(outcome: Outcome, why: str) -> Outcome:
+    """Of a job that was to go on, and cannot."""
+    assert outcome.verdict is not None
+    first = outcome.verdict.first
+    title = f"{first.title}; it cannot be restarted: {why}"
+    return replace(outcome, verdict=replace(outcome.verdict, first=replace(first, title=title)))

@@ -204,7 +204,7 @@ class _Job:
             )
             self._console.plan([*opened.notes, *plan.describe()])
             with Recorder(self._folder) as recorder:
-                outcome = self._attempts(plan, coordinator, recorder)
+                outcome, plan = self._attempts(plan, coordinator, recorder)
                 self._stop_signal = coordinator.stop_signal
                 return self._finish(plan, outcome, recorder)
 
@@ -231,8 +231,13 @@ class _Job:
 
     # -- running ----------------------------------------------------------------------------
 
-    def _attempts(self, plan: LaunchPlan, coordinator: Coordinator, recorder: Recorder) -> Outcome:
-        """Run the ranks; start them again from the last checkpoint where that is worth it."""
+    def _attempts(
+        self, plan: LaunchPlan, coordinator: Coordinator, recorder: Recorder
+    ) -> tuple[Outcome, LaunchPlan]:
+        """Run the ranks; start them again from the last checkpoint where that is worth it.
+
+        The outcome, and the plan of the last ranks.
+        """
 
         def decide(failure: Failure) -> Restart | None:
             if self._record.disk_error is not None:
@@ -265,7 +270,7 @@ class _Job:
                 # What did not fit into memory does not fit now.
                 plan = half
 
-        return run_attempts(
+        outcome = run_attempts(
             coordinator,
             self._policy,
             self._timeline,
@@ -275,6 +280,7 @@ class _Job:
             reopen,
             least=self._config.cluster.min_nodes or len(self._site.hosts),
         )
+        return outcome, plan
 
     def _attempt(self, plan: LaunchPlan, coordinator: Coordinator, recorder: Recorder) -> Outcome:
         # It becomes the folder's plan when the ranks have seen that this is the folder's job.
@@ -349,6 +355,8 @@ class _Job:
             record.data_seconds = message.seconds
             plan = json.loads((self._folder / "logs" / PLAN_OF_RANKS).read_bytes())
             write_json(self._folder / "plan.json", plan)
+            # An earlier run's: should this one be killed, nothing is to tell of another end.
+            (self._folder / "summary.json").unlink(missing_ok=True)
         elif isinstance(message, Saved | Resumed):
             record.last_saved_step = message.step
         elif isinstance(message, Finished):

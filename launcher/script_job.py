@@ -184,6 +184,8 @@ class _ScriptJob:
             return False
         self._plan, self._network = opened.plan, opened.network
         write_json(self._folder / "plan.json", self._plan.to_json())
+        # An earlier run's: should this one be killed, nothing is to tell of another end.
+        (self._folder / "summary.json").unlink(missing_ok=True)
         self._console.plan([*opened.notes, *self._plan.describe()])
         return True
 

@@ -328,6 +328,38 @@ def test_a_job_goes_on_with_the_nodes_that_are_left(ssh_hosts, tmp_path):
     assert_no_process_left(out, 20)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_job_that_cannot_go_on_says_so_in_its_summary(ssh_hosts, tmp_path, stops):
+    """A host is gone for good; or the user asks to stop while it is called anew."""
+    out, script = tmp_path / "out", tmp_path / "script.py"
+    script.write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(120)\n")
+    logs = [out / "logs" / f"rank-{rank:05}.log" for rank in range(2)]
+    args = ["cluster.hosts=n[1-2]", "cluster.heartbeat_timeout_seconds=3", "-o", out, script]
+    command = [*ssh_hosts.at(), *SCRIPT]
+    with start(*args, command=command, env=ssh_hosts.environment()) as process:
+        wait_until(lambda: all(p.exists() and p.stat().st_size for p in logs), 60, "both ranks")
+        rank = int(logs[0].read_text())
+        ssh_hosts.cut("n2")
+        try:
+            wait_until(lambda: not Path(f"/proc/{rank}").exists(), 30, "the end of rank 0")
+            if stops:
+                time.sleep(1.0)
+                process.send_signal(signal.SIGTERM)
+            done = finish(process, 60)
+        finally:
+            ssh_hosts.mend("n2")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["exit_code"] == done.returncode == (143 if stops else 1), said(done)
+    assert summary["status"] == ("stopped" if stops else "failed")
+    if not stops:
+        assert "the agent on n2 failed: silent for 3 s" in said(done)
+        assert "it cannot be restarted: 1 of 2 nodes cannot be used" in said(done)
+        assert "so the job does not go on" in said(done)
+        assert summary["failure"]["node"] == "n2"
+    assert_no_process_left(out, 20)
+
+
 def last_step(out: Path) -> int:
     return int(metrics_of(out)[-1]["step"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ftlaunch.cluster.events import (
+    EVENT_PREFIX,
     MAX_LINE_BYTES,
     AskStacks,
     Bind,
@@ -89,6 +90,28 @@ def test_events_arrive_and_other_lines_are_not_events():
 def test_malformed_commands_are_refused(line):
     with pytest.raises(ValueError):
         decode_command(line)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        '{"kind": ["hello"]}',
+        "[" * 100_000,
+        '{"kind": "hello", "machine": {}, "pid": 1, "boot_id": [], "network": "", "addresses": {}}',
+        '{"kind": "hello", "machine": {}, "pid": 1, "boot_id": "", "network": {}, "addresses": {}}',
+        '{"kind": "hello", "machine": {}, "pid": 1, "boot_id": "", "network": "", "addresses": []}',
+        '{"kind": "hello", "machine": 7, "pid": 1, "boot_id": "", "network": "", "addresses": {}}',
+        '{"kind": "signalled", "signal": "TERM"}',
+        '{"kind": "pong", "echo": null, "time": 1.0}',
+        '{"kind": "reached", "reasons": {"10.0.0.1": 1}, "interfaces": {}}',
+        '{"kind": "inspected", "time": "", "missing": {}, "sees_token": true, "unwritable": "", '
+        '"free_bytes": 1}',
+        '{"kind": "exited", "rank": {}, "code": 0, "signal": null, "time": 1.0}',
+    ],
+)
+def test_malformed_events_are_refused(message):
+    with pytest.raises(ValueError):
+        decode_event(EVENT_PREFIX + message.encode())
 
 
 def test_lines_are_cut_whatever_the_pieces():

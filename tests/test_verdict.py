@@ -116,6 +116,20 @@ def _said(rank, cause, title, time):
     return FromRank(rank=rank, payload=payload, time=time + 1)
 
 
+def test_a_node_speaks_for_its_own_ranks_only():
+    attempt = _attempt()
+    said = []
+    for rank in (0, 7, -1):
+        attempt.take(1, _said(rank, "exception", "ValueError: not mine", 1.0), 0.0, None)
+        attempt.take(1, Exited(rank=rank, code=1, signal=None, time=1.0), 0.0, None)
+        attempt.take(
+            1, FromRank(rank=rank, payload={}, time=1.0), 0.0, lambda *words: said.append(words)
+        )
+    assert not attempt.failures
+    assert not said
+    assert attempt.running == {0, 1}
+
+
 def test_the_time_is_the_ranks_own_on_the_coordinators_clock():
     attempt = _attempt()
     # Node 1's clock is 100 s ahead. Its rank failed 20 ms before that of node 0, and was heard later.
