@@ -30,6 +30,8 @@ Kind = Literal["local", "slurm", "ssh"]
 # So long a job may take to be gone after its fault was noticed.
 GONE_SECONDS = 5.0
 _END_SECONDS = 90.0
+# What it takes to look through the process table once, on a busy machine.
+_LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +128,9 @@ class Place:
             wait_until(lambda: not self.left(out), max(limit, 0.0), "everything is gone")
         except AssertionError as error:
             raise AssertionError(f"{error}; left: {left()}") from None
-        return time.monotonic() - since
+        took = time.monotonic() - since
+        assert took <= seconds + _LOOK_SECONDS, f"everything is gone, but only after {took:.1f} s"
+        return took
 
     def agent(self, out: Path, number: int) -> int:
         """The agent of one node."""

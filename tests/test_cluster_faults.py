@@ -508,7 +508,9 @@ def test_a_signal_to_the_command(place, inputs, undisturbed, tmp_path, fault_tab
         os.kill(place.coordinator(process), signal.Signals[name])
         asked = time.monotonic()
         output = wait_ended(process)
-        fault_table.add(f"{name} to the command", place.kind, place.wait_gone(out, asked))
+        # The ranks finish their step and save first.
+        seconds = place.wait_gone(out, asked, 2 * GONE_SECONDS)
+        fault_table.add(f"{name} to the command", place.kind, seconds)
     assert process.returncode == 75, output
     assert f"stopped after step {checkpoint_steps(out)[-1]}" in output
     assert_stopped(out, name)
