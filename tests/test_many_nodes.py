@@ -75,7 +75,8 @@ def _wait_for_all(marks: Path, restart: int, command) -> None:
 
 
 def _threads_and_descriptors(pid: int) -> tuple[int, int]:
-    return tuple(len(list(Path(f"/proc/{pid}/{each}").iterdir())) for each in ("task", "fd"))
+    threads, descriptors = (list(Path(f"/proc/{pid}/{each}").iterdir()) for each in ("task", "fd"))
+    return len(threads), len(descriptors)
 
 
 def _cpu_seconds(pid: int) -> float:
