@@ -177,6 +177,8 @@ def connect(nodes: Nodes, hellos: Mapping[int, Hello], note: OnEvent) -> Network
 
 def hold_port_on(nodes: Nodes, number: int, command: Bind, note: OnEvent) -> int:
     """Have a node hold a port; which one. UserError when it is taken."""
+    if nodes[number].lost is not None:
+        raise agent_lost(nodes[number])
     nodes[number].send(command)
     for teller, event in nodes.poll_until(_ANSWER_SECONDS, lambda: True):
         if event is None:
@@ -223,6 +225,9 @@ def _ask(
     """One command for each node, one answer of each."""
     found: dict[int, _Answer] = {}
     for number, command in commands.items():
+        if nodes[number].lost is not None:
+            # It is told once: nobody would hear of it again.
+            raise agent_lost(nodes[number])
         nodes[number].send(command)
     for number, event in nodes.poll_until(_ANSWER_SECONDS, lambda: len(found) < len(commands)):
         if event is None:

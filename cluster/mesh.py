@@ -66,6 +66,9 @@ def find_unreached(
         if not isinstance(event, Reached):
             note(number, event)
             continue
+        if not waiting.get(number):
+            # An answer too many, or a late one to somebody else's question.
+            continue
         other = waiting[number].pop(0)
         if why := _why_not(event.reasons):
             miss(number, other, why)

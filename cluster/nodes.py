@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import selectors
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -84,6 +86,7 @@ class Nodes:
         lost = [number for number, node in enumerate(self._nodes) if node.lost is not None]
         for number in lost:
             self._nodes[number].process.kill()
+            self._nodes[number].hang_up()
             self._end(self._nodes[number], time.monotonic())
             self._nodes[number] = self._start(number)
         return lost
@@ -110,7 +113,9 @@ class Nodes:
         if node.process.poll() is None:
             # The fork server ends its ranks when its agent is gone.
             node.process.kill()
-            node.process.wait(timeout=_LEAVE_SECONDS)
+            # One that the kernel holds up must not keep the others from being ended.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                node.process.wait(timeout=_LEAVE_SECONDS)
         node.events.close()
 
     # -- talking ----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ it (`cluster.ssh`, `cluster.slurm`). Its stdin and stdout are the agent's.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -156,17 +157,16 @@ class Node:
         return True
 
     def keep(self, line: bytes) -> None:
-        """What is no event goes where the agent's own words are."""
-        with open(self.log_path, "ab") as log:
+        """What is no event goes where the agent's own words are, as long as there is room."""
+        with contextlib.suppress(OSError), open(self.log_path, "ab") as log:
             log.write(line + b"\n")
 
     def hang_up(self) -> None:
         """Close the command pipe: the agent ends its ranks and leaves."""
         assert self.process.stdin is not None
-        try:
+        # Whoever writes at the same time must not meet another pipe under this one's number.
+        with self._sending, contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
-        except BrokenPipeError:
-            pass
 
     def discard_events(self) -> None:
         """Make room in the pipe, so that an agent that is leaving can say what it has to."""
@@ -223,5 +223,5 @@ def _preface(orders: Orders, mark: Mapping[str, str], arguments: list[str]) -> b
     lines = json.dumps(body).encode() + b"\n"
     if orders.prologue:
         escaped = orders.prologue.replace("\\", "\\\\").replace("\n", "\\n")
-        lines = escaped.encode() + b"\n" + lines
+        lines = os.fsencode(escaped) + b"\n" + lines
     return lines

@@ -344,7 +344,8 @@ def test_a_job_that_cannot_go_on_says_so_in_its_summary(ssh_hosts, tmp_path, sto
         try:
             wait_until(lambda: not Path(f"/proc/{rank}").exists(), 30, "the end of rank 0")
             if stops:
-                time.sleep(1.0)
+                # By then it has been judged, and ssh is half through its time to connect.
+                time.sleep(4.0)
                 process.send_signal(signal.SIGTERM)
             done = finish(process, 60)
         finally:
