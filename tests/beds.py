@@ -48,19 +48,19 @@ _POLICY = Path("/usr/sbin/policy-rc.d")
 
 @contextlib.contextmanager
 def slurm_cluster() -> Iterator[SlurmBed]:
-    _require(slurm_bed.PROGRAMS)
+    require(slurm_bed.PROGRAMS)
     with SlurmBed() as bed:
         yield bed
 
 
 @contextlib.contextmanager
 def ssh_cluster() -> Iterator[SshBed]:
-    _require(ssh_bed.PROGRAMS)
+    require(ssh_bed.PROGRAMS)
     with SshBed() as bed:
         yield bed
 
 
-def _require(programs: Sequence[str]) -> None:
+def require(programs: Sequence[str]) -> None:
     """Skip, or fail under CI, where `programs` cannot run in namespaces."""
     reason = _obstacle(programs)
     if not reason:

@@ -24,6 +24,7 @@ from ftlaunch.launcher.slurm_options import SlurmOptions, signal_lead, time_limi
 from ftlaunch.launcher.submission import Sealed, SubmittedJob
 from ftlaunch.strategies.hub import fetch_model
 from ftlaunch.strategies.options import ModelOptions
+from tests import beds, slurm_bed
 from tests.jobs import (
     assert_mistake,
     assert_no_process_left,
@@ -38,8 +39,15 @@ from tests.jobs import (
 )
 from tests.training_jobs import Inputs, wait_for_checkpoint
 
-has_srun = pytest.mark.skipif(shutil.which("srun") is None, reason="submitit looks for srun")
+# submitit looks for it. Asked when a test runs: earlier ones may have installed it.
+has_srun = pytest.mark.usefixtures("srun")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def srun():
+    if shutil.which("srun") is None:
+        beds.require(slurm_bed.PROGRAMS)
 
 
 def config_of(*overrides: str):
