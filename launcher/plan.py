@@ -107,6 +107,13 @@ def make_plan(
     accelerator, world_size = layout.accelerator, layout.world_size
     strategy = _strategy(config, machines, accelerator, reasons)
     _check_packages(strategy, machines)
+    carried = entry(strategy).tasks
+    if carried is not None and config.task not in carried:
+        raise UserError(
+            f"the strategy {strategy} does not train {config.task}: it has {', '.join(carried)} only, "
+            "since of mindone's other heads none was compared with torch's. Use --strategy ddp, zero1, "
+            "zero2 or zero3 on CUDA or a CPU."
+        )
     if entry(strategy).package == "mindspore" and config.model.gradient_checkpointing:
         raise UserError(
             f"model.gradient_checkpointing is set, and --strategy {strategy} has none: mindone's models "

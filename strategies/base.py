@@ -20,11 +20,14 @@ from ftlaunch.strategies.options import JobOptions, Precision
 class Batch:
     """One micro-batch of one rank.
 
-    inputs    the model's keyword arguments (input_ids, attention_mask, …), each (rows, length) int64
-    labels    (rows,) int64 classes, or float32 targets of a regression
-    weights   (rows,) float32 weight of each row in the loss; 0 marks filler
+    inputs    the model's keyword arguments (input_ids, attention_mask, …), each (rows, length) int64;
+              without attention_mask where position_ids that begin anew divide a row into samples
+    labels    (rows,) int64 classes or float32 targets of a regression, (rows, outputs) float32, or
+              (rows, length) int64 classes of tokens with -100 where there is none
+    weights   float32 of the shape of the labels: the weight of each in the loss; 0 marks filler
     indices   (rows,) int64 sample numbers; -1 marks filler
     seed      of the random numbers (dropout) that this micro-batch may draw
+    lengths   (rows,) tokens without padding, where there is no attention_mask to tell
     """
 
     inputs: Mapping[str, NDArray[np.int64]]
@@ -32,6 +35,7 @@ class Batch:
     weights: NDArray[np.float32]
     indices: NDArray[np.int64]
     seed: int
+    lengths: NDArray[np.int64] | None = None
 
     @property
     def num_samples(self) -> int:
@@ -40,6 +44,8 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Tokens without padding and without filler rows."""
+        if self.lengths is not None:
+            return int(self.lengths[self.indices >= 0].sum())
         return int(self.inputs["attention_mask"][self.indices >= 0].sum())
 
     @property
@@ -54,8 +60,10 @@ class StrategyRequest:
     accelerator   "cpu", "cuda" or "ascend"
     device        the place of the rank's NPU among the visible ones; the local rank elsewhere
     listen_fd     on rank 0 of several: the rendezvous socket, bound and listening, to be inherited
-    loss          "cross_entropy" or "mse"
-    label_names   in the order of their ids; empty for regression
+    loss          a `tasks.Loss`
+    head          a `tasks.Head`
+    num_outputs   width of the logits; 0 for the model's vocabulary
+    label_names   in the order of their ids; empty for regression and for tokens of the vocabulary
     trained_head  the head must come from the model's own weights: there will be no training
     """
 
@@ -73,6 +81,7 @@ class StrategyRequest:
     max_token_id: int
     pad_token_id: int
     trained_head: bool = False
+    head: str = "sequence-classification"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +102,19 @@ class StepOutcome:
     culprit: str | None
     stop: bool
     saving: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScores:
+    """What a model makes of the labels of a batch of tokens.
+
+    losses    (rows, length) float32 −log softmax(logits)[label], without weights; 0 where the label
+              is -100
+    winners   (rows, length) int64 class with the highest logit; 0 where the label is -100
+    """
+
+    losses: NDArray[np.float32]
+    winners: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +161,9 @@ class Strategy(Protocol):
 
     def predict(self, batch: Batch) -> NDArray[np.float32]:
         """Collective (every rank the same number of calls): logits, (rows, outputs)."""
+
+    def score(self, batch: Batch) -> TokenScores:
+        """Like `predict`, for labels of tokens: the logits stay where they are."""
 
     def state_slices(self) -> Iterable[TensorSlice]:
         """The slices of weights and optimizer moments that this rank owns; together they are whole."""

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ftlaunch.cluster.errors import UserError
-from ftlaunch.strategies.data.batches import Collator
+from ftlaunch.strategies.data.batches import Batches, Collator
 from ftlaunch.strategies.data.sample_order import SampleOrder
+from ftlaunch.strategies.data.tasks import TokenTask, load_task
+from ftlaunch.strategies.data.token_batches import TokenCollator
 from ftlaunch.strategies.data.token_cache import Tokens
+from ftlaunch.strategies.data.token_samples import TokenSamples
+from ftlaunch.strategies.data.token_table import TokenTable
 from ftlaunch.strategies.options import JobOptions
 
 
@@ -34,13 +39,29 @@ def total_steps(options: JobOptions, tokens: Tokens) -> int:
     return max(1, math.ceil(options.train.num_train_epochs * per_epoch))
 
 
-def train_collator(
-    options: JobOptions, tokens: Tokens, *, alive: Callable[[], None] = lambda: None
-) -> Collator:
-    return Collator(
-        table=tokens.train,
+def make_collator(
+    options: JobOptions,
+    tokens: Tokens,
+    table: TokenTable | TokenSamples,
+    *,
+    class_weights: NDArray[np.float32] | None,
+    alive: Callable[[], None] = lambda: None,
+) -> Batches:
+    """What makes batches of the samples of `table`, one of those in `tokens`."""
+    if tokens.spec.layout.per != "token":
+        return Collator(
+            table=cast(TokenTable, table),
+            pad_token_id=tokens.pad_token_id,
+            class_weights=class_weights,
+            alive=alive,
+        )
+    return TokenCollator(
+        table=table,
+        task=cast(TokenTask, load_task(tokens.spec.task)),
+        spec=tokens.spec,
         pad_token_id=tokens.pad_token_id,
-        class_weights=class_weights(options, tokens),
+        seed=options.train.seed,
+        class_weights=class_weights,
         alive=alive,
     )
 
@@ -50,14 +71,22 @@ def class_weights(options: JobOptions, tokens: Tokens) -> NDArray[np.float32] | 
     wanted = options.train.class_weights
     if wanted is None:
         return None
-    if tokens.spec.problem != "classification":
-        raise UserError(
-            f"train.class_weights is set, but the labels in {tokens.spec.label_column!r} are "
-            "numbers to predict, not classes. Leave it out."
-        )
     names = tokens.spec.label_names
+    if not names:
+        what = (
+            "numbers to predict" if tokens.spec.problem == "regression" else "a text's own tokens"
+        )
+        raise UserError(
+            f"train.class_weights is set, but the labels{_in_column(tokens)} are {what}, not classes. "
+            "Leave it out."
+        )
     if wanted == "balanced":
-        counts = tokens.train.label_counts()
+        if tokens.spec.problem != "classification":
+            raise UserError(
+                "train.class_weights=balanced counts samples of each class, and a sample here has "
+                "several labels. Give the weights as a list."
+            )
+        counts = cast(TokenTable, tokens.train).label_counts()
         if not counts.all():
             absent = [name for name, count in zip(names, counts, strict=True) if not count]
             raise UserError(
@@ -72,3 +101,7 @@ def class_weights(options: JobOptions, tokens: Tokens) -> NDArray[np.float32] | 
             f"this order: {', '.join(names)}. Give one weight for each."
         )
     return np.array(wanted, dtype=np.float32)
+
+
+def _in_column(tokens: Tokens) -> str:
+    return f" in {tokens.spec.label_column!r}" if tokens.spec.label_column else ""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftlaunch.strategies.base import Batch, StepOutcome, Strategy
-from ftlaunch.strategies.data.batches import Collator, deal, micro_batch_seed
+from ftlaunch.strategies.data.batches import Batches, deal, micro_batch_seed
 from ftlaunch.strategies.data.sample_order import SampleOrder
 from ftlaunch.strategies.schedule import Schedule
 
@@ -42,7 +42,7 @@ class Windows:
     """The micro-batches of each optimizer step, divided for one rank."""
 
     order: SampleOrder
-    collator: Collator
+    collator: Batches
     rank: int
     world_size: int
     micro_batch: int
@@ -57,7 +57,12 @@ class Windows:
         )[self.rank]
         for number, run in enumerate(dealt):
             seed = micro_batch_seed(self.order.seed, step, self.rank, number)
-            yield self.collator.batch(run, seed=seed), number == len(dealt) - 1
+            batch = self.collator.batch(run, seed=seed, epoch=self.order.epoch(step))
+            yield batch, number == len(dealt) - 1
+
+    def total_items(self, indices: NDArray[np.int64], step: int) -> float:
+        """What the loss of a global batch is divided by, the same on every rank."""
+        return self.collator.total_items(indices, epoch=self.order.epoch(step))
 
 
 def train(
@@ -75,7 +80,7 @@ def train(
     while cursor.step < total_steps:
         started = time.perf_counter()
         indices = windows.order.global_batch(cursor.step)
-        total_items = windows.collator.total_items(indices)
+        total_items = windows.total_items(indices, cursor.step)
         for batch, last in windows.micro_batches(indices, cursor.step):
             strategy.accumulate(batch, total_items, last=last)
         learning_rate = schedule.learning_rate(cursor.applied)

@@ -35,7 +35,9 @@ class Metrics:
 
     def compute(self, logits: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
         """Plain floats by name. logits (rows, num_outputs), labels (rows,), rows > 0."""
-        if self.spec.problem == "classification":
+        if self.spec.problem == "several-labels":
+            predictions, references = (logits > 0).astype(np.int64), labels.astype(np.int64)
+        elif self.spec.problem == "classification":
             predictions, references = logits.argmax(axis=1), labels.astype(np.int64)
         else:
             predictions, references = logits[:, 0].astype(np.float64), labels.astype(np.float64)

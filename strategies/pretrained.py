@@ -19,6 +19,13 @@ from ftlaunch.strategies.model_config import POSITIONS_AFTER_PADDING
 from ftlaunch.strategies.options import ModelOptions
 from ftlaunch.strategies.weights import RANDOM_WEIGHT_FAMILIES
 
+# What a configuration calls the losses of rows.
+_PROBLEM_TYPES = {
+    "cross_entropy": "single_label_classification",
+    "mse": "regression",
+    "binary_cross_entropy": "multi_label_classification",
+}
+
 
 def be_quiet() -> None:
     """Each rank would draw its own bar and its own table of missing weights."""
@@ -30,7 +37,7 @@ def load_config(request: StrategyRequest) -> Any:
     """The model's configuration with the job's labels and dropout. UserError when it cannot be had."""
     options = request.options.model
     labels = list(request.label_names)
-    arguments: dict[str, Any] = {"num_labels": request.num_outputs}
+    arguments: dict[str, Any] = {"num_labels": request.num_outputs} if request.num_outputs else {}
     if labels:
         arguments["id2label"] = dict(enumerate(labels))
         arguments["label2id"] = {label: i for i, label in enumerate(labels)}
@@ -46,10 +53,10 @@ def load_config(request: StrategyRequest) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise cannot_load(options, error) from error
     _understand_rope(config, options)
-    config.problem_type = (
-        "single_label_classification" if request.loss == "cross_entropy" else "regression"
-    )
-    if config.model_type not in POSITIONS_AFTER_PADDING:
+    if request.loss in _PROBLEM_TYPES:
+        config.problem_type = _PROBLEM_TYPES[request.loss]
+    is_for_rows = request.head == "sequence-classification"
+    if is_for_rows and config.model_type not in POSITIONS_AFTER_PADDING:
         # Heads of decoder models look for the last token that is not padding: ours.
         config.pad_token_id = request.pad_token_id
     if options.dropout is not None:

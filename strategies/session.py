@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,19 @@ from ftlaunch.strategies.checkpoint.agreement import all_or_none
 from ftlaunch.strategies.checkpoint.identity import check_same_job, job_identity
 from ftlaunch.strategies.checkpoint.resuming import newest_manifest
 from ftlaunch.strategies.data.batches import Collator
-from ftlaunch.strategies.data.tasks import ModelLabels, load_task
+from ftlaunch.strategies.data.tasks import ModelLabels, RowTask, load_task
+from ftlaunch.strategies.data.token_batches import TokenCollator
 from ftlaunch.strategies.data.token_cache import Tokens, prepare_tokens
+from ftlaunch.strategies.data.token_samples import TokenSamples
 from ftlaunch.strategies.data.token_table import TokenTable
 from ftlaunch.strategies.data.tokenizer import TokenizerSource, locate_tokenizer, tokenizer_files
-from ftlaunch.strategies.evaluation import Evaluator, write_predictions
-from ftlaunch.strategies.job_data import class_weights, sample_order, total_steps
+from ftlaunch.strategies.evaluation import Evaluator, RowEvaluator, write_predictions
+from ftlaunch.strategies.job_data import (
+    class_weights,
+    make_collator,
+    sample_order,
+    total_steps,
+)
 from ftlaunch.strategies.metrics import load_metrics
 from ftlaunch.strategies.model_config import labels_of, max_length_of, read_model_config
 from ftlaunch.strategies.options import JobOptions, Precision
@@ -36,6 +43,7 @@ from ftlaunch.strategies.progress import (
     Phase,
     Progress,
 )
+from ftlaunch.strategies.token_evaluation import TokenEvaluator, choose_metrics
 from ftlaunch.strategies.training import RunSettings, TrainingRun
 
 _ALIVE_SECONDS = 2.0
@@ -149,14 +157,14 @@ def evaluate(request: SessionRequest, *, emit: Callable[[Progress], None], stop:
     strategy = _create_strategy(request, tokens, trained_head=True)
     say(Phase(name="evaluate"))
     started = time.perf_counter()
-    logits = evaluator.logits(strategy)
+    outputs = evaluator.run(strategy)
     seconds = time.perf_counter() - started
-    metrics = evaluator.evaluate(logits)
+    metrics = evaluator.evaluate(outputs)
     path = request.output_dir / "predictions.jsonl"
     main = request.world.is_main
     all_or_none(
         strategy,
-        (lambda: write_predictions(path, evaluator, logits)) if main else (lambda: None),
+        (lambda: write_predictions(path, evaluator.records(outputs))) if main else (lambda: None),
         str(path),
     )
     say(
@@ -232,23 +240,30 @@ def _tokenizer_source(options: JobOptions) -> TokenizerSource:
 def _evaluator(
     request: SessionRequest,
     tokens: Tokens,
-    table: TokenTable,
+    table: TokenTable | TokenSamples,
     *,
     weights: NDArray[np.float32] | None,
     alive: Callable[[], None],
 ) -> Evaluator:
-    options = request.options
+    options, spec = request.options, tokens.spec
     task = load_task(options.task)
+    batches = make_collator(options, tokens, table, class_weights=weights, alive=alive)
+    if isinstance(batches, TokenCollator):
+        return TokenEvaluator(
+            collator=batches,
+            task=batches.task,
+            spec=spec,
+            metrics=choose_metrics(batches.task, spec, options.train.metrics),
+            micro_batch=request.eval_micro_batch,
+        )
     names = options.train.metrics
     if names is None:
-        names = task.default_metrics(tokens.spec)
-    return Evaluator(
-        collator=Collator(
-            table=table, pad_token_id=tokens.pad_token_id, class_weights=weights, alive=alive
-        ),
-        task=task,
-        spec=tokens.spec,
-        metrics=load_metrics(names, tokens.spec),
+        names = task.default_metrics(spec)
+    return RowEvaluator(
+        collator=cast(Collator, batches),
+        task=cast(RowTask, task),
+        spec=spec,
+        metrics=load_metrics(names, spec),
         micro_batch=request.eval_micro_batch,
     )
 
@@ -284,5 +299,6 @@ def _create_strategy(
             max_token_id=tokens.max_token_id,
             pad_token_id=tokens.pad_token_id,
             trained_head=trained_head,
+            head=tokens.spec.head,
         )
     )

@@ -32,7 +32,12 @@ from ftlaunch.strategies.data.batches import deal
 from ftlaunch.strategies.data.sample_order import samples_digest
 from ftlaunch.strategies.data.token_cache import Tokens
 from ftlaunch.strategies.evaluation import Evaluator
-from ftlaunch.strategies.job_data import sample_order, total_steps, train_collator
+from ftlaunch.strategies.job_data import (
+    class_weights,
+    make_collator,
+    sample_order,
+    total_steps,
+)
 from ftlaunch.strategies.loop import Cursor, StepReport, Windows, train
 from ftlaunch.strategies.model_folder import write_model_folder
 from ftlaunch.strategies.options import JobOptions
@@ -85,7 +90,13 @@ class TrainingRun:
         self._stop_requested = stop_requested
         self._windows = Windows(
             order=sample_order(options, tokens),
-            collator=train_collator(options, tokens, alive=alive),
+            collator=make_collator(
+                options,
+                tokens,
+                tokens.train,
+                class_weights=class_weights(options, tokens),
+                alive=alive,
+            ),
             rank=strategy.world.rank,
             world_size=strategy.world.size,
             micro_batch=settings.micro_batch,
@@ -99,7 +110,7 @@ class TrainingRun:
             threshold=options.train.early_stopping_threshold,
         )
         if evaluator is not None:
-            self._best.check(("loss", *evaluator.metrics.names))
+            self._best.check(("loss", *evaluator.metric_names))
         self._last_evaluation: dict[str, Any] | None = None
         self._skipped_in_a_row = 0
         self._ended_by: str | None = None
@@ -241,7 +252,7 @@ class TrainingRun:
         assert self._evaluator is not None
         self._emit(Phase(name="evaluate"))
         started = time.perf_counter()
-        metrics = self._evaluator.evaluate(self._evaluator.logits(self._strategy))
+        metrics = self._evaluator.evaluate(self._evaluator.run(self._strategy))
         is_best = self._best.observe(self._cursor.step, metrics)
         self._last_evaluation = {"step": self._cursor.step, "metrics": metrics}
         self._emit(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ftlaunch.cluster.errors import JobError, UserError
-from ftlaunch.strategies.data import cache_folder, token_cache, token_table
+from ftlaunch.strategies.data import cache_folder, cache_writing, token_table
 from ftlaunch.strategies.data.token_cache import prepare_tokens
 from ftlaunch.strategies.data.token_table import num_slices, slice_rows
 from ftlaunch.strategies.data.tokenizer import (
@@ -386,7 +386,7 @@ def test_a_process_that_is_killed_midway(job: Any, monkeypatch: pytest.MonkeyPat
             written.append(path)
             write_file(path, *rest)
 
-        monkeypatch.setattr(token_cache, "write_file", write_then_die)
+        monkeypatch.setattr(cache_writing, "write_file", write_then_die)
         job.prepare()
 
     assert run_all((die_after_two,)) == [-signal.SIGKILL]
@@ -487,7 +487,7 @@ def test_a_cache_folder_that_cannot_be_used(job: Any, monkeypatch: pytest.Monkey
     def fail(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(token_cache, "write_file", fail)
+    monkeypatch.setattr(cache_writing, "write_file", fail)
     with pytest.raises(UserError, match=r"cannot be used: No space left.*make room"):
         job.prepare()
 

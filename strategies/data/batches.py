@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from ftlaunch.strategies.base import Batch
 
 FILLER = -1
+# What is drawn for an evaluation is the same in every one.
+EVALUATION_EPOCH = -1
 
 
 class SampleTable(Protocol):
@@ -32,6 +34,25 @@ class SampleTable(Protocol):
     def rows(
         self, indices: NDArray[np.int64]
     ) -> Sequence[tuple[NDArray[Any], NDArray[Any] | None]]: ...
+
+
+class Lengths(Protocol):
+    """What is read of any table of samples to divide them."""
+
+    def __len__(self) -> int: ...
+
+    def lengths(self, indices: NDArray[np.int64]) -> NDArray[np.int64]: ...
+
+
+class Batches(Protocol):
+    """Padded batches of a table: `Collator`, and `token_batches.TokenCollator` for labels of tokens."""
+
+    @property
+    def table(self) -> Lengths: ...
+
+    def total_items(self, indices: NDArray[np.int64], *, epoch: int = 0) -> float: ...
+
+    def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int = 0) -> Batch: ...
 
 
 def deal(
@@ -78,47 +99,57 @@ class Collator:
 
     def weights(self, labels: NDArray[Any]) -> NDArray[np.float32]:
         if self.class_weights is None:
-            return np.ones(len(labels), dtype=np.float32)
+            return np.ones(labels.shape, dtype=np.float32)
+        if labels.ndim == 2:
+            return np.repeat(self.class_weights[None, :], len(labels), axis=0)
         weights: NDArray[np.float32] = self.class_weights[labels]
         return weights
 
-    def total_items(self, indices: NDArray[np.int64]) -> float:
+    def total_items(self, indices: NDArray[np.int64], *, epoch: int = 0) -> float:
         """Sum of the loss weights of these samples: what the window's loss is divided by."""
         return float(self.weights(self.table.labels(indices)).sum(dtype=np.float64))
 
-    def batch(self, indices: NDArray[np.int64], *, seed: int) -> Batch:
-        """A batch of these samples; of one weightless sample where there are none."""
+    def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int = 0) -> Batch:
+        """A batch of these samples, the same in every epoch; of one weightless sample where there are
+        none.
+        """
         self.alive()
         real = len(indices) > 0
         taken = indices if real else np.zeros(1, dtype=np.int64)
         rows = self.table.rows(taken)
-        longest = max(len(ids) for ids, _ in rows)
-        length = math.ceil(longest / self.pad_to_multiple) * self.pad_to_multiple
-
-        input_ids = np.full((len(rows), length), self.pad_token_id, dtype=np.int64)
-        attention_mask = np.zeros_like(input_ids)
-        token_type_ids = np.zeros_like(input_ids)
-        for row, (ids, types) in enumerate(rows):
-            input_ids[row, : len(ids)] = ids
-            attention_mask[row, : len(ids)] = 1
-            if types is not None:
-                token_type_ids[row, : len(ids)] = types
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if rows[0][1] is not None:
-            inputs["token_type_ids"] = token_type_ids
-
+        inputs = pad_inputs(rows, self.pad_token_id, self.pad_to_multiple)
         labels = self.table.labels(taken)
         return Batch(
             inputs=inputs,
             labels=labels,
-            weights=self.weights(labels) if real else np.zeros(1, dtype=np.float32),
+            weights=self.weights(labels) if real else np.zeros(labels.shape, dtype=np.float32),
             indices=taken if real else np.full(1, FILLER, dtype=np.int64),
             seed=seed,
         )
 
 
+def pad_inputs(
+    rows: Sequence[tuple[NDArray[Any], NDArray[Any] | None]], pad_token_id: int, multiple: int = 1
+) -> dict[str, NDArray[np.int64]]:
+    """Rows of (input_ids, token_type_ids) as arrays of the longest one's length, rounded up."""
+    longest = max(len(ids) for ids, _ in rows)
+    length = math.ceil(longest / multiple) * multiple
+    input_ids = np.full((len(rows), length), pad_token_id, dtype=np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    token_type_ids = np.zeros_like(input_ids)
+    for row, (ids, types) in enumerate(rows):
+        input_ids[row, : len(ids)] = ids
+        attention_mask[row, : len(ids)] = 1
+        if types is not None:
+            token_type_ids[row, : len(ids)] = types
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if rows[0][1] is not None:
+        inputs["token_type_ids"] = token_type_ids
+    return inputs
+
+
 def evaluation_batches(
-    collator: Collator, *, rank: int, world_size: int, micro_batch: int
+    collator: Batches, *, rank: int, world_size: int, micro_batch: int
 ) -> Iterator[Batch]:
     """Every sample of the table exactly once over all ranks, the same number of batches on each."""
     indices = np.arange(len(collator.table))
@@ -126,4 +157,4 @@ def evaluation_batches(
         indices, collator.table.lengths(indices), world_size=world_size, micro_batch=micro_batch
     )
     for run in dealt[rank]:
-        yield collator.batch(run, seed=0)
+        yield collator.batch(run, seed=0, epoch=EVALUATION_EPOCH)

@@ -118,7 +118,7 @@ def _refuse_nulls(rows: Dataset, column: str, part: str, what: str, rule: str) -
     if count:
         raise UserError(
             f"The {what} column {column!r} of the {part} data is missing in {count} of {len(rows)} "
-            f"rows, the first is {_row_name(rows, first)}. {rule}. Fill or remove these rows, "
+            f"rows, the first is {row_name(rows, first)}. {rule}. Fill or remove these rows, "
             f"or choose another column with data.{what}_column{'s' if what == 'text' else ''}."
         )
 
@@ -134,7 +134,7 @@ def _refuse_bad_utf8(rows: Dataset, column: str, part: str) -> None:
             bad = next((i for i, value in enumerate(values) if not _is_utf8(value)), 0)
             raise UserError(
                 f"The column {column!r} of the {part} data is not UTF-8 in "
-                f"{_row_name(rows, start + bad)}: all text must be. Convert the file to UTF-8."
+                f"{row_name(rows, start + bad)}: all text must be. Convert the file to UTF-8."
             ) from None
 
 
@@ -146,7 +146,7 @@ def _is_utf8(value: Any) -> bool:
     return True
 
 
-def _row_name(rows: Dataset, index: int) -> str:
+def row_name(rows: Dataset, index: int) -> str:
     """The number of a row, counted from 1, in the data from which a subset may have been drawn."""
     drawn = getattr(rows, "_indices", None)
     number = index if drawn is None else drawn.column(0)[index].as_py()
@@ -175,7 +175,7 @@ def _check_ids(
     )
     raise UserError(
         f"The label column {column!r} of the {part} data holds the class numbers {wrong[:10]}, "
-        f"first in {_row_name(rows, first)}: they must be 0 to {num_names - 1}; -1 stands "
+        f"first in {row_name(rows, first)}: they must be 0 to {num_names - 1}; -1 stands "
         "for a missing label. Remove these rows, or choose another split with data.eval_split."
     )
 
@@ -191,7 +191,7 @@ def _scan_floats(rows: Dataset, column: str, part: str) -> Labels:
             bad = int(np.flatnonzero(~np.isfinite(values))[0])
             raise UserError(
                 f"The label column {column!r} of the {part} data holds {values[bad]} in "
-                f"{_row_name(rows, start + bad)}: the target of a regression must be a finite "
+                f"{row_name(rows, start + bad)}: the target of a regression must be a finite "
                 "number. Correct or remove these rows."
             )
         whole = whole and bool((values == np.floor(values)).all())

@@ -80,6 +80,10 @@ class SampleOrder:
     def steps_per_epoch(self) -> int:
         return math.ceil(self.num_samples / self.global_batch_size)
 
+    def epoch(self, step: int) -> int:
+        """The epoch of optimizer step `step`, both counted from 0."""
+        return step // self.steps_per_epoch
+
     def global_batch(self, step: int) -> NDArray[np.int64]:
         """The sample numbers of optimizer step `step`, counted from 0 over all epochs."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)

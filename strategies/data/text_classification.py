@@ -94,6 +94,16 @@ class TextClassification:
             notes=tuple(notes),
         )
 
+    def cache_key(self, options: DataOptions) -> Mapping[str, Any]:
+        """See `Task.cache_key`."""
+        return {}
+
+    def fit_tokenizer(
+        self, spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, options: DataOptions
+    ) -> TaskSpec:
+        """See `Task.fit_tokenizer`."""
+        return spec
+
     def encode(
         self,
         rows: Mapping[str, Any],
@@ -131,7 +141,7 @@ class TextClassification:
     def evaluation_loss(
         self, logits: NDArray[Any], labels: NDArray[Any], weights: NDArray[Any], spec: TaskSpec
     ) -> tuple[float, float]:
-        """See `Task.evaluation_loss`: -log softmax(logits)[label], or (logit - label)^2."""
+        """See `RowTask.evaluation_loss`: -log softmax(logits)[label], or (logit - label)^2."""
         scores, weights = logits.astype(np.float64), weights.astype(np.float64)
         if spec.loss == "mse":
             losses = (scores[:, 0] - labels.astype(np.float64)) ** 2
@@ -143,7 +153,7 @@ class TextClassification:
         return float(losses[kept] @ weights[kept]), float(weights.sum())
 
     def predictions(self, logits: NDArray[Any], spec: TaskSpec) -> list[dict[str, Any]]:
-        """See `Task.predictions`: label, label_id and scores by label; or value."""
+        """See `RowTask.predictions`: label, label_id and scores by label; or value."""
         scores = logits.astype(np.float64)
         if spec.problem == "regression":
             return [{"value": float(row[0])} for row in scores]

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ftlaunch.strategies.data.tasks import LabelLayout
+from ftlaunch.strategies.data.token_samples import TokenSample
 from ftlaunch.strategies.safetensors_file import FileDamaged, SafetensorsFile, open_file
 
 # Fewer rows are not worth a file; more would make a rank hold too much while it writes one.
@@ -47,14 +49,16 @@ class SliceFacts:
     num_tokens: int
     num_truncated: int
     max_token_id: int
+    num_too_long: int = 0
 
     def to_metadata(self, key: str) -> dict[str, str]:
-        return {
+        facts = {
             "key": key,
             "num_tokens": str(self.num_tokens),
             "num_truncated": str(self.num_truncated),
             "max_token_id": str(self.max_token_id),
         }
+        return facts | ({"num_too_long": str(self.num_too_long)} if self.num_too_long else {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +70,7 @@ class TableShape:
     split: str
     num_samples: int
     num_outputs: int
-    labels_dtype: np.dtype[Any]
+    layout: LabelLayout
     uses_token_type_ids: bool
 
     def count(self, number: int) -> int:
@@ -81,6 +85,7 @@ class _Slice:
     offsets: NDArray[np.int64]
     token_type_ids: NDArray[np.uint8] | None
     labels: NDArray[Any]
+    items: NDArray[np.int32] | None
 
 
 def check_slice(shape: TableShape, number: int) -> SliceFacts:
@@ -99,6 +104,7 @@ class TokenTable:
         facts = [check_slice(shape, i) for i in range(num_slices(shape.num_samples))]
         self.num_tokens = sum(f.num_tokens for f in facts)
         self.num_truncated = sum(f.num_truncated for f in facts)
+        self.num_too_long = sum(f.num_too_long for f in facts)
         self.max_token_id = max(f.max_token_id for f in facts)
         self._slice = functools.lru_cache(_MAX_OPEN_SLICES)(self._open_slice)
 
@@ -113,8 +119,10 @@ class TokenTable:
         return result
 
     def labels(self, indices: NDArray[np.int64]) -> NDArray[Any]:
-        """int64 class ids, or float32 targets of a regression."""
-        result = np.empty(len(indices), dtype=self._shape.labels_dtype)
+        """By row: (samples,) int64 classes or float32 targets; by output: (samples, outputs) float32."""
+        assert self._shape.layout.per != "token"
+        width = (self._shape.num_outputs,) if self._shape.layout.per == "output" else ()
+        result = np.empty((len(indices), *width), dtype=self._shape.layout.dtype)
         for piece, where, rows in self._by_slice(indices):
             result[where] = piece.labels[rows]
         return result
@@ -136,9 +144,37 @@ class TokenTable:
                 )
         return result
 
+    def items(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of supervised tokens of each sample. Labels by token only."""
+        result = np.empty(len(indices), dtype=np.int64)
+        for piece, where, rows in self._by_slice(indices):
+            assert piece.items is not None
+            result[where] = piece.items[rows]
+        return result
+
+    def samples(self, indices: NDArray[np.int64]) -> list[TokenSample]:
+        """Read-only views of the files. Labels by token only."""
+        assert self._shape.layout.per == "token"
+        result: list[Any] = [None] * len(indices)
+        for piece, where, rows in self._by_slice(indices):
+            bounds = zip(
+                piece.offsets[rows].tolist(), piece.offsets[rows + 1].tolist(), strict=True
+            )
+            for position, (begin, end) in zip(where.tolist(), bounds, strict=True):
+                types = piece.token_type_ids
+                result[position] = TokenSample(
+                    input_ids=piece.input_ids[begin:end],
+                    token_type_ids=None if types is None else types[begin:end],
+                    labels=piece.labels[begin:end],
+                )
+        return result
+
+    def origins(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.asarray(indices, dtype=np.int64)
+
     def label_counts(self) -> NDArray[np.int64]:
         """(num_outputs,) samples of each class. Classification only."""
-        assert self._shape.labels_dtype.kind == "i"
+        assert self._shape.layout.per == "row" and self._shape.layout.dtype.kind == "i"
         counts = np.zeros(self._shape.num_outputs, dtype=np.int64)
         for number in range(num_slices(len(self))):
             counts += np.bincount(self._slice(number).labels, minlength=len(counts))
@@ -166,6 +202,7 @@ class TokenTable:
                 file.tensor("token_type_ids") if self._shape.uses_token_type_ids else None
             ),
             labels=file.tensor("labels"),
+            items=file.tensor("items") if self._shape.layout.per == "token" else None,
         )
 
 
@@ -175,15 +212,24 @@ def _read_facts(file: SafetensorsFile, shape: TableShape, number: int) -> SliceF
             num_tokens=int(file.metadata["num_tokens"]),
             num_truncated=int(file.metadata["num_truncated"]),
             max_token_id=int(file.metadata["max_token_id"]),
+            num_too_long=int(file.metadata.get("num_too_long", 0)),
         )
     except (KeyError, ValueError):
         raise FileDamaged(file.path, "its counts are missing") from None
     rows = shape.count(number)
-    expected = {
+    layout = shape.layout
+    labels_shape: dict[str, tuple[int, ...]] = {
+        "row": (rows,),
+        "output": (rows, shape.num_outputs),
+        "token": (facts.num_tokens,),
+    }
+    expected: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
         "offsets": ((rows + 1,), np.dtype(np.int64)),
-        "labels": ((rows,), shape.labels_dtype),
+        "labels": (labels_shape[layout.per], layout.dtype),
         "input_ids": ((facts.num_tokens,), np.dtype(np.int32)),
     }
+    if layout.per == "token":
+        expected["items"] = ((rows,), np.dtype(np.int32))
     if shape.uses_token_type_ids:
         expected["token_type_ids"] = ((facts.num_tokens,), np.dtype(np.uint8))
     found = {name: (file.shape(name), file.dtype(name)) for name in file.names}

@@ -17,12 +17,14 @@ import numpy as np
 from mindspore import ops
 from numpy.typing import NDArray
 
+from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.base import (
     Batch,
     StateReader,
     StepOutcome,
     StrategyRequest,
     TensorSlice,
+    TokenScores,
 )
 from ftlaunch.strategies.loss_scale import LossScaler
 from ftlaunch.strategies.mindspore.adamw import MOMENTS, AdamW
@@ -53,6 +55,11 @@ _BUCKET_ELEMENTS = 1 << 24
 
 def create(request: StrategyRequest) -> MindSporeDataParallel:
     """Collective: join the group and load the model. UserError when it cannot be had."""
+    if request.loss not in LOSSES:
+        raise UserError(
+            "texts with several labels cannot be trained with MindSpore: it has the losses "
+            f"{', '.join(LOSSES)} only. Use --strategy ddp on CUDA or a CPU."
+        )
     use_device(request)
     make_dropout_stateless()
     if request.accelerator == "cpu":
@@ -232,6 +239,9 @@ class MindSporeDataParallel:
         logits = logits_of(self._forward, self._in_known_shape(batch, "eval"))
         result: NDArray[np.float32] = logits.astype(ms.float32).asnumpy()[:rows].copy()
         return result
+
+    def score(self, batch: Batch) -> TokenScores:
+        raise NotImplementedError("the plan lets no task with labels of tokens come here")
 
     def sum_across_ranks(self, values: NDArray[Any]) -> NDArray[Any]:
         return sum_across_ranks(self.world, values)

@@ -22,6 +22,7 @@ from ftlaunch.strategies.base import (
     StepOutcome,
     StrategyRequest,
     TensorSlice,
+    TokenScores,
 )
 from ftlaunch.strategies.loss_scale import LossScaler
 from ftlaunch.strategies.torch.forward import Forward
@@ -177,6 +178,9 @@ class TorchDataParallel:
 
     def predict(self, batch: Batch) -> NDArray[np.float32]:
         return self._forward.predict(self.model, batch)
+
+    def score(self, batch: Batch) -> TokenScores:
+        return self._forward.score(self.model, batch)
 
     def sum_across_ranks(self, values: NDArray[Any]) -> NDArray[Any]:
         return sum_across_ranks(self.world, values)

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
-from ftlaunch.strategies.base import Batch
+from ftlaunch.strategies.base import Batch, TokenScores
+from ftlaunch.strategies.data.tasks import UNSUPERVISED
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LossSum = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -56,6 +58,19 @@ class Forward:
         with torch.no_grad():
             logits = self.logits(model, batch)
         return logits.float().cpu().numpy()
+
+    def score(self, model: Any, batch: Batch) -> TokenScores:
+        """Loss and winner of each token that has a label."""
+        self.set_training(model, False)
+        chosen = torch.from_numpy(batch.labels != UNSUPERVISED).to(self.device)
+        labels = torch.from_numpy(batch.labels).to(self.device)
+        losses = torch.zeros(labels.shape, dtype=torch.float32, device=self.device)
+        winners = torch.zeros_like(labels)
+        with torch.no_grad():
+            logits = self.logits(model, batch)[chosen].float()
+            losses[chosen] = functional.cross_entropy(logits, labels[chosen], reduction="none")
+            winners[chosen] = logits.argmax(dim=-1)
+        return TokenScores(losses=losses.cpu().numpy(), winners=winners.cpu().numpy())
 
     @staticmethod
     def set_training(model: Any, training: bool) -> None:

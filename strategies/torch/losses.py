@@ -25,4 +25,31 @@ def squared_error_sum(
     return (weights * (logits.float().squeeze(-1) - labels) ** 2).sum()
 
 
-LOSSES: dict[str, LossSum] = {"cross_entropy": cross_entropy_sum, "mse": squared_error_sum}
+def binary_cross_entropy_sum(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Sum over rows and outputs of weight · −log of the probability of the label, 0 or 1; all of them
+    (rows, outputs).
+    """
+    losses = functional.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none")
+    return (losses * weights).sum()
+
+
+def token_cross_entropy_sum(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Sum over tokens of weight · −log softmax(logits)[label]; logits (rows, length, classes), labels
+    and weights (rows, length). Tokens without weight may hold anything.
+    """
+    chosen = weights != 0
+    losses = functional.cross_entropy(logits[chosen].float(), labels[chosen], reduction="none")
+    # The sum over no token at all has a gradient too, 0: every rank takes part.
+    return (losses * weights[chosen]).sum()
+
+
+LOSSES: dict[str, LossSum] = {
+    "cross_entropy": cross_entropy_sum,
+    "mse": squared_error_sum,
+    "binary_cross_entropy": binary_cross_entropy_sum,
+    "token_cross_entropy": token_cross_entropy_sum,
+}

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.dynamic_module_utils import custom_object_save
 
 from ftlaunch.strategies.base import StrategyRequest
@@ -27,6 +32,13 @@ from ftlaunch.strategies.pretrained import (
 from ftlaunch.strategies.safetensors_file import FileDamaged, read_places
 from ftlaunch.strategies.weights import draw_weight
 
+_HEADS: dict[str, Any] = {
+    "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "causal-lm": AutoModelForCausalLM,
+    "masked-lm": AutoModelForMaskedLM,
+}
+
 
 def load_model(request: StrategyRequest, *, keep_file_dtype: bool = False) -> Any:
     """The model in fp32 on the CPU, identical on every rank. UserError when it cannot be had.
@@ -39,10 +51,12 @@ def load_model(request: StrategyRequest, *, keep_file_dtype: bool = False) -> An
     config = load_config(request)
     seed = request.options.train.seed
     if options.random_weights:
-        model = _random_model(config, options, seed)
+        model = _random_model(_HEADS[request.head], config, options, seed)
     else:
         dtype = _file_dtype(options) if keep_file_dtype else torch.float32
-        model = _pretrained_model(config, options, seed, dtype, trained_head=request.trained_head)
+        model = _pretrained_model(
+            _HEADS[request.head], config, options, seed, dtype, trained_head=request.trained_head
+        )
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     freeze(model, options.freeze)
@@ -50,6 +64,7 @@ def load_model(request: StrategyRequest, *, keep_file_dtype: bool = False) -> An
 
 
 def _pretrained_model(
+    head: Any,
     config: Any,
     options: ModelOptions,
     seed: int,
@@ -58,7 +73,7 @@ def _pretrained_model(
     trained_head: bool,
 ) -> Any:
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = head.from_pretrained(
             options.name_or_path,
             config=config,
             revision=options.revision,
@@ -105,11 +120,12 @@ def _file_dtype(options: ModelOptions) -> torch.dtype:
     return known.get(floats[0], torch.float32) if len(floats) == 1 else torch.float32
 
 
-def _random_model(config: Any, options: ModelOptions, seed: int) -> Any:
+def _random_model(head: Any, config: Any, options: ModelOptions, seed: int) -> Any:
     check_random_weights(config)
-    model = AutoModelForSequenceClassification.from_config(
-        config, trust_remote_code=options.trust_remote_code
-    ).float()
+    try:
+        model = head.from_config(config, trust_remote_code=options.trust_remote_code).float()
+    except ValueError as error:
+        raise cannot_load(options, error) from error
     names = {name for name, _ in model.named_parameters()}
     draw_parameters(model, names, seed=seed, initializer_range=initializer_range(config))
     return model

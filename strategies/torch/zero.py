@@ -24,6 +24,7 @@ from ftlaunch.strategies.base import (
     StepOutcome,
     StrategyRequest,
     TensorSlice,
+    TokenScores,
 )
 from ftlaunch.strategies.deepspeed_config import make_deepspeed_config
 from ftlaunch.strategies.torch.forward import DTYPES, Forward
@@ -235,6 +236,9 @@ class TorchZero:
 
     def predict(self, batch: Batch) -> NDArray[np.float32]:
         return self._forward.predict(self._engine, batch)
+
+    def score(self, batch: Batch) -> TokenScores:
+        return self._forward.score(self._engine, batch)
 
     def sum_across_ranks(self, values: NDArray[Any]) -> NDArray[Any]:
         return sum_across_ranks(self.world, values)
