@@ -137,6 +137,8 @@ def _what_to_evaluate(target: Path, name: str) -> tuple[str, dict[str, Any]]:
         "data.text_columns": options.data.text_columns,
         "data.label_column": options.data.label_column,
         "data.max_length": options.data.max_length,
+        "data.packing": options.data.packing,
+        "data.long_samples": options.data.long_samples,
         "train.metrics": metrics or None,
     }
     return str(target / "model"), defaults

@@ -18,7 +18,7 @@ from ftlaunch.cluster.machine import Machine, check_framework
 from ftlaunch.launcher.config import ClusterOptions, RunConfig
 from ftlaunch.launcher.layout import HostPlan, Reason, describe, make_layout
 from ftlaunch.launcher.site import Site
-from ftlaunch.strategies.data.tasks import load_task
+from ftlaunch.strategies.data.tasks import check_own_keys, load_task
 from ftlaunch.strategies.deepspeed_config import (
     Decided,
     check_deepspeed_config,
@@ -101,6 +101,7 @@ def make_plan(
     """
     reasons: list[Reason] = []
     load_task(config.task)
+    check_own_keys(config.task, config.data)
     layout = make_layout(
         config.cluster, machines, site, reasons, assumed=assumed, default_start="fork"
     )

@@ -57,6 +57,10 @@ class DataOptions:
     text_columns: tuple[str, ...] | None = None
     label_column: str | None = None
     max_length: PositiveInt | None = None
+    # Of language models: whole samples side by side, or all texts joined and cut.
+    packing: Literal["none", "samples", "concatenate"] = "none"
+    # What is done with a sample that is longer than max_length.
+    long_samples: Literal["truncate", "drop", "error"] = "truncate"
     max_train_samples: PositiveInt | None = None
     max_eval_samples: PositiveInt | None = None
     trust_remote_code: bool = False

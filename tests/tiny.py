@@ -42,6 +42,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "local_attention": 16,
     },
     "qwen2": {"model_type": "qwen2", **_SMALL, "num_key_value_heads": 1, "bos_token_id": 1},
+    "llama": {"model_type": "llama", **_SMALL, "num_key_value_heads": 1, "bos_token_id": 1},
 }
 
 

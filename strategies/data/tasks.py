@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 TASKS: dict[str, str] = {
     "text-classification": "ftlaunch.strategies.data.text_classification:TextClassification",
+    "causal-lm": "ftlaunch.strategies.data.causal_lm:CausalLm",
+}
+# Keys of the data section that mean something to some tasks only.
+OWN_KEYS: dict[str, tuple[str, ...]] = {
+    "packing": ("causal-lm",),
+    "long_samples": ("causal-lm",),
 }
 
 
@@ -245,3 +251,14 @@ def load_task(name: str) -> Task:
     module, _, attribute = TASKS[name].partition(":")
     task: Task = getattr(importlib.import_module(module), attribute)()
     return task
+
+
+def check_own_keys(name: str, options: DataOptions) -> None:
+    """UserError for a key that is set and means nothing to the task."""
+    for key, tasks in OWN_KEYS.items():
+        default = next(each.default for each in fields(DataOptions) if each.name == key)
+        if name not in tasks and getattr(options, key) != default:
+            raise UserError(
+                f"data.{key} is set, and means nothing to the task {name}: it is for "
+                f"{', '.join(tasks)}. Leave it out."
+            )

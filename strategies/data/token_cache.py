@@ -212,7 +212,9 @@ def _make_meta(
         splits={name: len(part) for name, part in rows.items()},
         pad_token_id=loaded.pad_token_id,
         padding_side=loaded.padding_side,
-        uses_token_type_ids="token_type_ids" in loaded.tokenizer.model_input_names,
+        # What reads from left to right has no kinds of tokens, whatever its tokenizer says.
+        uses_token_type_ids=spec.head != "causal-lm"
+        and "token_type_ids" in loaded.tokenizer.model_input_names,
         max_length=_choose_max_length(options, loaded, model_max_length, pair),
         notes=(*splits.notes, *spec.notes, *loaded.notes),
     )

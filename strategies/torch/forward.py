@@ -36,10 +36,13 @@ class Forward:
         return self.loss(logits, labels, weights)
 
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
-        inputs = {
+        inputs: dict[str, Any] = {
             name: torch.from_numpy(values).to(self.device, non_blocking=True)
             for name, values in batch.inputs.items()
         }
+        if "position_ids" in inputs:
+            # Borders of samples are looked for only where there is no cache to be filled.
+            inputs["use_cache"] = False
         with self._precision():
             logits: torch.Tensor = model(**inputs).logits
         return logits
