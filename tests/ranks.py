@@ -22,7 +22,9 @@ _SECONDS = 180.0
 _PRELOADED = (torch, transformers)
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(
+    size: int, function: Callable[..., Any], *args: Any, seconds: float = _SECONDS
+) -> list[Any]:
     """[function(world, listen_fd, *args) of every rank], run in `size` forked processes.
 
     Forked even when size is 1, so that this process never has a process group or autograd threads.
@@ -51,15 +53,15 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         ranks.append((process, receiver))
     listener.close()
     try:
-        return [_result(receiver) for _, receiver in ranks]
+        return [_result(receiver, seconds) for _, receiver in ranks]
     finally:
         for process, _ in ranks:
             process.kill()
             process.join(10)
 
 
-def _result(receiver: Any) -> Any:
-    assert receiver.poll(_SECONDS), f"a rank did not answer within {_SECONDS} s"
+def _result(receiver: Any, seconds: float) -> Any:
+    assert receiver.poll(seconds), f"a rank did not answer within {seconds} s"
     ok, value = receiver.recv()
     assert ok, value
     return value

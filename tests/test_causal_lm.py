@@ -71,8 +71,7 @@ class Data:
 
     def prepare(self, rows: list[dict[str, Any]], *, tokenizer: Any = None, **options: Any) -> Any:
         folder = self.folder / str(len(list(self.folder.iterdir())))
-        write_made = (folder / "data").mkdir(parents=True)
-        assert write_made is None
+        (folder / "data").mkdir(parents=True)
         write_rows(folder / "data" / "train.jsonl", rows)
         write_rows(folder / "data" / "test.jsonl", rows[:1])
         wanted = {"name_or_path": str(folder / "data"), "cache_dir": str(folder / "cache")}

@@ -129,6 +129,11 @@ def test_the_plan_survives_json(tmp_path):
         ((), {"cluster": "ssh"}, "no hosts are named"),
         ((), {"hostfile": "hosts"}, "hostfile"),
         ((), {"task": "text-clasification"}, "text-classification"),
+        (
+            (replace(CPU, versions={"mindspore": "2.10.0", "mindone": "0.5.0"}),),
+            {"task": "causal-lm"},
+            "strategy mindspore does not train causal-lm.* Use --strategy ddp",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said(machines, flags, message):

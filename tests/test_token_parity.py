@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies import registry
 from ftlaunch.strategies.data.arrangements import Selection
 from ftlaunch.strategies.data.packing import PackedSamples
@@ -17,6 +18,7 @@ from ftlaunch.strategies.loop import Cursor, train
 from ftlaunch.strategies.schedule import Schedule
 from ftlaunch.strategies.token_evaluation import TokenEvaluator
 from ftlaunch.strategies.torch.ddp import create
+from tests import tiny
 from tests.ranks import run_ranks
 from tests.token_cases import CASES
 
@@ -194,3 +196,12 @@ def test_packing_changes_no_loss(folders, name, attention):
     print(f"{name}, {attention}: loss {packed[0] / alone[0] - 1:.1e} in {packed[2]} rows")
     assert abs(packed[0] / alone[0] - 1) < 1e-5
     assert np.linalg.norm(packed[1] - alone[1]) / np.linalg.norm(alone[1]) < 1e-5
+
+
+def _load_encoder(world, listen_fd, folder):
+    with pytest.raises(UserError, match="'bert' model, which reads in both directions"):
+        create(CASES["causal-lm-qwen2"].request(world, None, folder))
+
+
+def test_an_encoder_is_no_causal_model(tmp_path):
+    run_ranks(1, _load_encoder, tiny.write_config(tmp_path / "bert", "bert"))

@@ -90,7 +90,10 @@ class CacheMeta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheWork:
-    """All that is needed to write any slice of a cache folder."""
+    """All that is needed to write any slice of a cache folder.
+
+    alone   there is no training: the rows to be evaluated are `train`
+    """
 
     root: Path
     folder: Path
@@ -98,6 +101,7 @@ class CacheWork:
     task: Task
     tokenizer: PreTrainedTokenizerBase
     rows: Mapping[str, Dataset]
+    alone: bool
     alive: Callable[[], None]
 
     def slices(self) -> list[tuple[str, int]]:
@@ -188,7 +192,7 @@ def _encode_slice(
         try:
             encoded = work.task.encode(rows, work.tokenizer, meta.spec, meta.max_length)
         except BadRow as bad:
-            part = {"train": "training", "eval": "evaluation"}[split]
+            part = "evaluation" if split == "eval" or work.alone else "training"
             row = row_name(work.rows[split], begin + bad.index)
             raise UserError(f"{row[0].upper()}{row[1:]} of the {part} data {bad.text}") from None
         lengths += [len(row) for row in encoded.input_ids]

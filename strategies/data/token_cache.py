@@ -131,6 +131,7 @@ def prepare_tokens(
         task=task,
         tokenizer=loaded.tokenizer,
         rows=rows,
+        alone=alone,
         alive=alive,
     )
     write_share(work, rank, world_size)

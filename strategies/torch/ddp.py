@@ -35,6 +35,7 @@ from ftlaunch.strategies.torch.group import (
 )
 from ftlaunch.strategies.torch.losses import LOSSES
 from ftlaunch.strategies.torch.model import aliases_of, load_model, model_files
+from ftlaunch.strategies.torch.output_head import OutputHead
 from ftlaunch.strategies.torch.slices import copy_whole, own_share
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -60,7 +61,10 @@ class TorchDataParallel:
         self.device = device
         self._wrapped: Any = None
         self._forward = Forward(
-            device=device, autocast=request.precision, loss=LOSSES[request.loss]
+            device=device,
+            autocast=request.precision,
+            loss=LOSSES[request.loss],
+            head=None if request.num_outputs else OutputHead(model),
         )
         self._max_grad_norm = train.max_grad_norm
         self._scaler = LossScaler(

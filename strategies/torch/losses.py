@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from ftlaunch.strategies.torch.chunked_loss import LogitsLoss
+
 LossSum = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -42,9 +44,10 @@ def token_cross_entropy_sum(
     and weights (rows, length). Tokens without weight may hold anything.
     """
     chosen = weights != 0
-    losses = functional.cross_entropy(logits[chosen].float(), labels[chosen], reduction="none")
-    # The sum over no token at all has a gradient too, 0: every rank takes part.
-    return (losses * weights[chosen]).sum()
+    total: torch.Tensor = LogitsLoss.apply(  # type: ignore[no-untyped-call]
+        logits[chosen], labels[chosen], weights[chosen]
+    )
+    return total
 
 
 LOSSES: dict[str, LossSum] = {

@@ -17,7 +17,9 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.base import StrategyRequest
 from ftlaunch.strategies.options import ModelOptions
 from ftlaunch.strategies.pretrained import (
@@ -49,6 +51,8 @@ def load_model(request: StrategyRequest, *, keep_file_dtype: bool = False) -> An
     be_quiet()
     options = request.options.model
     config = load_config(request)
+    if request.head == "causal-lm":
+        _check_reads_forward(config, options)
     seed = request.options.train.seed
     if options.random_weights:
         model = _random_model(_HEADS[request.head], config, options, seed)
@@ -61,6 +65,17 @@ def load_model(request: StrategyRequest, *, keep_file_dtype: bool = False) -> An
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     freeze(model, options.freeze)
     return model
+
+
+def _check_reads_forward(config: Any, options: ModelOptions) -> None:
+    """UserError for a model whose attention sees the very tokens that it would have to predict."""
+    reads_both_ways = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if reads_both_ways and not getattr(config, "is_decoder", False):
+        raise UserError(
+            f"{options.name_or_path} is a {config.model_type!r} model, which reads in both directions: it "
+            "would see the tokens that it is to predict. Choose a model that reads from left to right, "
+            "such as Qwen2, Llama or GPT-2, for the task causal-lm."
+        )
 
 
 def _pretrained_model(

@@ -37,6 +37,7 @@ from ftlaunch.strategies.torch.group import (
 )
 from ftlaunch.strategies.torch.losses import LOSSES
 from ftlaunch.strategies.torch.model import aliases_of, load_model, model_files
+from ftlaunch.strategies.torch.output_head import OutputHead
 from ftlaunch.strategies.torch.zero_state import ZeroState
 
 
@@ -154,7 +155,12 @@ class TorchZero:
         train = request.options.train
         self.world = request.world
         self.device = device
-        self._forward = Forward(device=device, autocast="fp32", loss=LOSSES[request.loss])
+        self._forward = Forward(
+            device=device,
+            autocast="fp32",
+            loss=LOSSES[request.loss],
+            head=None if request.num_outputs else OutputHead(model),
+        )
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if _axes(p) >= 2], "weight_decay": train.weight_decay},

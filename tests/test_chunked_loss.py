@@ -1,0 +1,181 @@
+"""Losses over large vocabularies in pieces: the numbers of the plain computation, in half the memory.
+
+The plain computation is written out here: logits as a whole, torch's cross entropy, its own gradients.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from ftlaunch.strategies.base import Batch
+from ftlaunch.strategies.torch import chunked_loss
+from ftlaunch.strategies.torch.chunked_loss import HeadLoss, LogitsLoss, score_head, score_rows
+from ftlaunch.strategies.torch.ddp import create
+from tests import tiny
+from tests.ranks import run_ranks
+from tests.token_cases import CASES
+
+ROWS, WIDTH, CLASSES = 37, 16, 53
+
+
+@pytest.fixture
+def in_pieces(monkeypatch):
+    """5 rows at a time: seven pieces of 5 and one of 2."""
+    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", 5 * CLASSES + 7)
+
+
+def _random(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(ROWS, WIDTH, generator=generator)
+    weight = torch.randn(CLASSES, WIDTH, generator=generator)
+    bias = torch.randn(CLASSES, generator=generator)
+    labels = torch.randint(0, CLASSES, (ROWS,), generator=generator)
+    weights = torch.rand(ROWS, generator=generator)
+    return hidden, weight, bias, labels, weights
+
+
+def _close(found, expected):
+    assert torch.linalg.norm(found - expected) <= 1e-6 * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_loss_and_gradients_of_a_head(in_pieces, with_bias):
+    hidden, weight, bias, labels, weights = _random()
+    wanted = [hidden, weight, bias] if with_bias else [hidden, weight]
+    plain = [each.clone().requires_grad_() for each in wanted]
+    logits = functional.linear(*plain)
+    expected = (functional.cross_entropy(logits, labels, reduction="none") * weights).sum()
+    torch.autograd.backward(expected * 3.0)
+    pieces = [each.clone().requires_grad_() for each in wanted]
+    arguments = (*pieces, None) if not with_bias else pieces
+    loss = HeadLoss.apply(*arguments, labels, weights, torch.float32)
+    torch.autograd.backward(loss * 3.0)
+    _close(loss, expected)
+    for found, reference in zip(pieces, plain, strict=True):
+        _close(found.grad, reference.grad)
+    scores = score_head(hidden, weight, bias if with_bias else None, labels)
+    _close(scores[0], functional.cross_entropy(logits, labels, reduction="none"))
+    assert scores[1].tolist() == logits.argmax(dim=-1).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradients_of_logits(in_pieces, dtype):
+    hidden, weight, _, labels, weights = _random()
+    logits = (hidden @ weight.t()).to(dtype)
+    plain = logits.clone().requires_grad_()
+    losses = functional.cross_entropy(plain.float(), labels, reduction="none")
+    torch.autograd.backward((losses * weights).sum())
+    pieces = logits.clone().requires_grad_()
+    loss = LogitsLoss.apply(pieces, labels, weights)
+    torch.autograd.backward(loss)
+    _close(loss, (losses * weights).sum())
+    _close(pieces.grad.float(), plain.grad.float())
+    _close(score_rows(logits, labels)[0], losses)
+
+
+def test_no_token_at_all_has_a_gradient_of_zero():
+    hidden, weight, _, labels, weights = _random()
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    loss = HeadLoss.apply(hidden[:0], weight, None, labels[:0], weights[:0], torch.float32)
+    torch.autograd.backward(loss)
+    assert loss == 0
+    assert not hidden.grad.any() and not weight.grad.any()
+
+
+def test_a_frozen_head_costs_no_gradient():
+    hidden, weight, _, labels, weights = _random()
+    hidden = hidden.requires_grad_()
+    torch.autograd.backward(HeadLoss.apply(hidden, weight, None, labels, weights, torch.float32))
+    assert hidden.grad.any() and weight.grad is None
+
+
+def _gemma(folder: Path) -> Path:
+    """Its logits are capped after the last layer: they are not that layer's."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    small = {key: value for key, value in tiny._SMALL.items() if key != "pad_token_id"}
+    config = Gemma2Config(
+        **small,
+        head_dim=16,
+        num_key_value_heads=1,
+        final_logit_softcapping=0.5,
+        query_pre_attn_scalar=16,
+        initializer_range=0.5,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def _capped(world, listen_fd, folder):
+    case = CASES["causal-lm-qwen2"]
+    strategy = create(case.request(world, None, folder, model={"random_weights": False}))
+    table, everything = case.make_table(6), np.arange(6)
+    collator = case.collator(table)
+    batch = collator.batch(everything, seed=1)
+    strategy.accumulate(batch, collator.total_items(everything), last=True)
+    scores = strategy.score(batch)
+    found = strategy.apply(0.0, stop=False, saving=0.0).loss
+    with torch.no_grad():
+        expected = float(case.full_loss(strategy.model, table, everything, 0))
+    return found, expected, scores.losses.sum() / collator.total_items(everything)
+
+
+def test_a_model_that_changes_its_logits_is_asked_for_them(tmp_path):
+    found, expected, scored = run_ranks(1, _capped, _gemma(tmp_path / "gemma"))[0]
+    assert abs(found / expected - 1) < 1e-6
+    assert abs(scored / expected - 1) < 1e-6
+
+
+# -- memory -------------------------------------------------------------------------------------
+
+BIG_VOCABULARY, TOKENS = 150_000, (8, 512)
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _memory(world, listen_fd, folder, plain):
+    """(bytes that one micro-batch forward and backward took above what was there before, its loss)"""
+    case = CASES["causal-lm-qwen2"]
+    strategy = create(case.request(world, None, folder))
+    generator = np.random.default_rng(0)
+    ids = generator.integers(3, BIG_VOCABULARY, TOKENS)
+    labels = np.concatenate([ids[:, 1:], np.full((TOKENS[0], 1), -100)], axis=1)
+    weights = (labels != -100).astype(np.float32)
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    before = _peak_bytes()
+    if plain:
+        tensors = {name: torch.from_numpy(values) for name, values in inputs.items()}
+        logits = strategy.model(**tensors).logits
+        loss = functional.cross_entropy(
+            logits.float().flatten(0, 1), torch.from_numpy(labels).flatten()
+        )
+        torch.autograd.backward(loss)
+        return _peak_bytes() - before, float(loss.detach())
+    batch = Batch(
+        inputs=inputs, labels=labels, weights=weights, indices=np.arange(TOKENS[0]), seed=1
+    )
+    strategy.accumulate(batch, float(weights.sum()), last=True)
+    took = _peak_bytes() - before
+    return took, strategy.apply(0.0, stop=False, saving=0.0).loss
+
+
+def test_a_large_vocabulary_takes_less_than_half_the_memory(tmp_path):
+    folder = tiny.write_config(tmp_path / "big", "qwen2")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"vocab_size": BIG_VOCABULARY, "max_position_embeddings": TOKENS[1]}
+    (folder / "config.json").write_text(json.dumps(config))
+    plain, expected = run_ranks(1, _memory, folder, True, seconds=900)[0]
+    pieces, loss = run_ranks(1, _memory, folder, False, seconds=900)[0]
+    print(f"plain {plain / 1e6:.0f} MB, in pieces {pieces / 1e6:.0f} MB")
+    assert abs(loss / expected - 1) < 1e-6
+    assert pieces <= plain / 2
