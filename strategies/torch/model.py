@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification
 from transformers.dynamic_module_utils import custom_object_save
 
+from ftlaunch.strategies.adapter import adapter_folder, base_options
 from ftlaunch.strategies.base import StrategyRequest
 from ftlaunch.strategies.options import ModelOptions
 from ftlaunch.strategies.pretrained import (
@@ -25,6 +26,8 @@ from ftlaunch.strategies.pretrained import (
     load_config,
 )
 from ftlaunch.strategies.safetensors_file import FileDamaged, read_places
+from ftlaunch.strategies.torch.adapted import put_adapter_in
+from ftlaunch.strategies.torch.lora import adapter_files, add_lora, has_adapter
 from ftlaunch.strategies.weights import draw_weight
 
 
@@ -35,17 +38,25 @@ def load_model(request: StrategyRequest, *, keep_file_dtype: bool = False) -> An
                       the mapped files
     """
     be_quiet()
-    options = request.options.model
+    adapter = adapter_folder(request.options.model)
+    options = base_options(request.options.model)
     config = load_config(request)
     seed = request.options.train.seed
+    missing: set[str] = set()
     if options.random_weights:
         model = _random_model(config, options, seed)
     else:
         dtype = _file_dtype(options) if keep_file_dtype else torch.float32
-        model = _pretrained_model(config, options, seed, dtype, trained_head=request.trained_head)
+        trained_head = request.trained_head and adapter is None
+        model, missing = _pretrained_model(config, options, seed, dtype, trained_head=trained_head)
+    if adapter is not None:
+        put_adapter_in(model, adapter, missing)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     freeze(model, options.freeze)
+    lora = request.options.lora
+    if lora.r is not None and not request.trained_head:
+        add_lora(model, lora, options, missing=missing, seed=seed)
     return model
 
 
@@ -56,7 +67,8 @@ def _pretrained_model(
     dtype: torch.dtype,
     *,
     trained_head: bool,
-) -> Any:
+) -> tuple[Any, set[str]]:
+    """(the model, names of the parameters that no file provides, which are drawn)."""
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             options.name_or_path,
@@ -82,7 +94,7 @@ def _pretrained_model(
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.float()
-    return model
+    return model, missing
 
 
 def _file_dtype(options: ModelOptions) -> torch.dtype:
@@ -141,7 +153,12 @@ def freeze(model: torch.nn.Module, patterns: tuple[str, ...]) -> None:
 
 
 def aliases_of(model: Any) -> dict[str, str]:
-    """Names in the state dict of weights that have another name among the parameters → that name."""
+    """Names in the state dict of weights that have another name among the parameters → that name.
+
+    Of a model with an adapter none: what is saved of it is not shared.
+    """
+    if has_adapter(model):
+        return {}
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         name: first[id(value)]
@@ -151,7 +168,10 @@ def aliases_of(model: Any) -> dict[str, str]:
 
 
 def model_files(model: Any) -> dict[str, bytes]:
-    """config.json and, where the model has them, its generation settings and its own code."""
+    """config.json and, where the model has them, its generation settings and its own code.
+
+    Of a model with an adapter: what the adapter's folder has.
+    """
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = torch.float32
@@ -161,4 +181,5 @@ def model_files(model: Any) -> dict[str, bytes]:
         config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+    return adapter_files(model, files) if has_adapter(model) else files
