@@ -327,6 +327,24 @@ def test_peft_loads_what_a_job_leaves(bert, saved, tmp_path, name, variant):
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
 
 
+def _predict(world, listen_fd, folder, name):
+    """As an evaluation does."""
+    request = tiny.request(world, listen_fd, folder, model={"random_weights": False})
+    strategy = registry.load(name)(replace(request, trained_head=True))
+    collator = tiny.windows(
+        world, tiny.random_table(SAMPLES), global_batch=12, micro_batch=12
+    ).collator
+    return strategy.predict(collator.batch(np.arange(12), seed=0))
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("ddp", 1), ("zero3", 2)])
+def test_an_adapters_folder_is_evaluated_with_its_base(bert, saved, tmp_path, name, ranks):
+    root, _, expected = saved("ddp")
+    run_ranks(1, _write, bert, root / folder_name(SAVED_AT), tmp_path / "model")
+    for logits in run_ranks(ranks, _predict, tmp_path / "model", name):
+        np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
+
+
 # -- first values -------------------------------------------------------------------------------
 
 
