@@ -33,6 +33,7 @@ _DISTRIBUTIONS = (
     "datasets",
     "mindspore",
     "mindone",
+    "peft",
 )
 _PACKAGES = ("cluster", "launcher", "strategies")
 

@@ -18,6 +18,7 @@ Everything else is KEY=VALUE, for example train.learning_rate=2e-5 train.num_tra
   ftlaunch eval out --dataset DIR                 evaluates alone, writes predictions.jsonl
   ftlaunch --nodes 2 script.py --its-own args     your own script on every rank
   ftlaunch merge out merged/                      a checkpoint as a model, also DeepSpeed's, MindSpore's
+  ftlaunch merge --adapter out/model BASE merged/ a LoRA adapter into its base's weights
   ftlaunch submit --nodes 4 --partition gpu --time 4:00:00 -o out ...        as a job of SLURM
   ftlaunch status out | logs out --follow | cancel out                   of any job, this or that
   ftlaunch doctor --hostfile hosts -o out         what is on every node, whether a job would run
@@ -171,7 +172,8 @@ def build_merge_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="ftlaunch merge",
         usage="ftlaunch merge SOURCE TARGET [--dtype fp32|bf16|fp16] [--model DIR_OR_HUB]\n"
-        "       ftlaunch merge --verify SOURCE TARGET",
+        "       ftlaunch merge --adapter ADAPTER BASE TARGET [--dtype ...] [--model ...]\n"
+        "       ftlaunch merge --verify [--adapter ADAPTER] SOURCE TARGET",
         description="Make a model folder of a checkpoint, in a few megabytes of memory.",
         allow_abbrev=False,
     )
@@ -179,10 +181,16 @@ def build_merge_parser() -> argparse.ArgumentParser:
     add(
         "source",
         metavar="SOURCE",
-        help="a checkpoint, ours, DeepSpeed's or MindSpore's, or a job's output folder",
+        help="a checkpoint, ours, DeepSpeed's or MindSpore's, or a job's output folder; with --adapter "
+        "the model that it belongs to",
     )
     add("target", metavar="TARGET", help="the folder to make; with --verify the one to compare")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: fp32)")
+    add("--adapter", metavar="ADAPTER", help="put this LoRA adapter into SOURCE, its base")
+    add(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="of the weights (default: fp32; with --adapter the base's)",
+    )
     add("--model", metavar="DIR_OR_HUB", help="where config.json and the tokenizer come from")
     add("--verify", action="store_true", help="compare every byte, change nothing; 1: they differ")
     return parser

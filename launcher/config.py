@@ -21,6 +21,7 @@ from annotated_types import Ge, Gt, Le
 
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.rank_table import RankTable
+from ftlaunch.launcher.lora_mistakes import lora_mistakes
 from ftlaunch.launcher.slurm_options import SlurmOptions, slurm_mistakes, with_free_keys
 from ftlaunch.strategies.deepspeed_config import read_deepspeed_config
 from ftlaunch.strategies.model_config import absolute_path, looks_local
@@ -29,6 +30,7 @@ from ftlaunch.strategies.options import (
     DataOptions,
     DeepSpeedOptions,
     JobOptions,
+    LoraOptions,
     ModelOptions,
     NonNegativeFloat,
     TrainOptions,
@@ -100,6 +102,7 @@ class RunConfig:
     train: TrainOptions = field(default_factory=TrainOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     deepspeed: DeepSpeedOptions = field(default_factory=DeepSpeedOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
     slurm: SlurmOptions = field(default_factory=SlurmOptions)
 
     @property
@@ -115,6 +118,7 @@ class RunConfig:
             train=self.train,
             checkpoint=self.checkpoint,
             deepspeed=self.deepspeed,
+            lora=self.lora,
         )
 
 
@@ -301,6 +305,7 @@ def _split_lists(settings: dict[str, Any]) -> None:
         "model": ModelOptions,
         "data": DataOptions,
         "train": TrainOptions,
+        "lora": LoraOptions,
     }
     for section, kind in kinds.items():
         values = settings.get(section)
@@ -407,7 +412,7 @@ def _contradictions(config: RunConfig) -> list[str]:
             f"train.warmup_steps is {train.warmup_steps}: it is a whole number of steps, or a "
             "fraction of all steps below 1."
         )
-    return lines + slurm_mistakes(config.slurm)
+    return lines + lora_mistakes(config.lora, config.model) + slurm_mistakes(config.slurm)
 
 
 def _once(lines: Sequence[str]) -> list[str]:

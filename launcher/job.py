@@ -73,7 +73,7 @@ class _Record:
 
 def show_plan(config: RunConfig, console: Console, *, mode: Mode = "train") -> int:
     """The dry run: print the plan, start nothing."""
-    check_input(config)
+    check_input(config, mode)
     site = find_site(config.cluster, os.environ)
     machine = detect_machine(os.environ)
     config = replace(config, cluster=with_rank_table(config.cluster, machine, os.environ))
@@ -90,10 +90,10 @@ def show_plan(config: RunConfig, console: Console, *, mode: Mode = "train") -> i
     return EXIT_DONE
 
 
-def check_input(config: RunConfig) -> None:
+def check_input(config: RunConfig, mode: Mode = "train") -> None:
     """What can be seen to be missing without reading it. UserError."""
     if not config.is_demo:
-        check_model_folder(config.model)
+        check_model_folder(config.model, or_adapter=mode == "eval")
 
 
 def run_job(
@@ -106,7 +106,7 @@ def run_job(
 ) -> int:
     """Run the job to its end; the exit code. UserError for what the user can mend."""
     timeline = Timeline(time.monotonic())
-    check_input(config)
+    check_input(config, mode)
     site = find_site(config.cluster, os.environ)
     folder = default_output_dir(config)
     machine = detect_machine(os.environ)

@@ -1,4 +1,6 @@
-"""`ftlaunch merge`: a checkpoint becomes a folder that `from_pretrained` loads; or is compared with one."""
+"""`ftlaunch merge`: a checkpoint, or an adapter and its base, becomes a folder that `from_pretrained` loads;
+or is compared with one.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,15 +18,18 @@ from typing import Any, NoReturn, TextIO
 from ftlaunch.cluster.errors import EXIT_DONE, EXIT_FAILED, UserError
 from ftlaunch.launcher.merge_target import new_folder
 from ftlaunch.launcher.wording import one_line
+from ftlaunch.strategies.checkpoint.adapter_source import copy_adapted_files, open_adapted
 from ftlaunch.strategies.checkpoint.conversion import SaveDtype
 from ftlaunch.strategies.checkpoint.manifest import CheckpointDamaged
 from ftlaunch.strategies.checkpoint.merge import (
     Written,
     compare_weights,
+    write_adapter,
     write_weights,
     written_bytes,
 )
 from ftlaunch.strategies.checkpoint.model_files import (
+    CONFIG_NAME,
     ModelShapes,
     check_shapes,
     copy_model_files,
@@ -33,6 +38,7 @@ from ftlaunch.strategies.checkpoint.model_files import (
     model_shapes,
 )
 from ftlaunch.strategies.checkpoint.sources import Source, open_source
+from ftlaunch.strategies.checkpoint.weights import Weight
 from ftlaunch.strategies.model_config import absolute_path
 from ftlaunch.strategies.safetensors_file import FileDamaged
 
@@ -45,11 +51,19 @@ _BAR_WIDTH = 30
 
 def merge(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
     """Exit code 0; with --verify 1 when something differs. UserError for what cannot be merged."""
-    source_path, target = absolute_path(arguments.source), absolute_path(arguments.target)
+    target = absolute_path(arguments.target)
     try:
         with _sigterm_as_ctrl_c():
+            if arguments.verify and not any(target.glob("*.safetensors")):
+                raise UserError(
+                    f"{target} has no safetensors files. Pass the folder that a merge made."
+                )
+            if arguments.adapter is not None:
+                adapter = absolute_path(arguments.adapter)
+                return _merge_adapter(adapter, arguments, target)
+            source_path = absolute_path(arguments.source)
             if arguments.verify:
-                return _verify(source_path, target)
+                return _verify(open_source(source_path, _shapes_of(target)), target)
             _merge(source_path, target, arguments.dtype or "fp32", arguments.model)
             return EXIT_DONE
     except CheckpointDamaged as error:
@@ -64,22 +78,55 @@ def _merge(source_path: Path, target: Path, dtype: SaveDtype, model: str | None)
         print(one_line(line))
     if not source.weights:
         raise UserError(f"{source_path} has no weights. Merge another checkpoint.")
+    if source.adapter and model is not None:
+        raise UserError(
+            f"{source_path} holds an adapter, which has no config.json: --model means nothing to it. To put "
+            f"it into its base: ftlaunch merge --adapter {source_path} BASE TARGET."
+        )
     # --model goes before what is there.
     beside = source.model if given is None else (given, model_files(given))
-    if beside is not None and (given is not None or not source.beside):
+    if beside is not None and not source.adapter and (given is not None or not source.beside):
         check_shapes(source.weights, beside[0])
+    write = write_adapter if source.adapter else write_weights
     with new_folder(target) as folder:
-        _check_space(source, folder, target, dtype)
+        _check_space(source.weights, folder, target, dtype)
         with _Bar(sys.stderr) as bar:
-            written = write_weights(source.weights, folder, dtype=dtype, on_progress=bar.show)
+            written = write(source.weights, folder, dtype=dtype, on_progress=bar.show)
         if beside is not None:
             copy_model_files(*beside, folder, dtype=dtype)
     for line in _end(written, target, dtype, beside, time.monotonic() - started):
         print(one_line(line))
 
 
-def _check_space(source: Source, folder: Path, target: Path, dtype: SaveDtype) -> None:
-    needed = written_bytes(source.weights, dtype) + _BESIDE_WEIGHTS_BYTES
+def _merge_adapter(adapter: Path, arguments: argparse.Namespace, target: Path) -> int:
+    """An adapter into its base's weights. The exit code."""
+    started = time.monotonic()
+    base = model_folder(arguments.source, of="BASE", weights=True).absolute()
+    given = None if arguments.model is None else model_folder(arguments.model)
+    model = open_adapted(adapter, base)
+    if given is not None:
+        check_shapes(model.weights, given)
+    if arguments.verify:
+        return _verify(Source(what=model.what, weights=model.weights, model=None, notes=()), target)
+    for line in (model.what, *model.notes):
+        print(one_line(line))
+    dtype = arguments.dtype or model.dtype
+    with new_folder(target) as folder:
+        _check_space(model.weights, folder, target, dtype)
+        with _Bar(sys.stderr) as bar:
+            written = write_weights(model.weights, folder, dtype=dtype, on_progress=bar.show)
+        copy_adapted_files(model, folder, given=given, dtype=dtype or model.main_dtype)
+        beside = (folder, (CONFIG_NAME,)) if (folder / CONFIG_NAME).is_file() else None
+    said = dtype or "each in the base's dtype"
+    for line in _end(written, target, said, beside, time.monotonic() - started):
+        print(one_line(line))
+    return EXIT_DONE
+
+
+def _check_space(
+    weights: Sequence[Weight], folder: Path, target: Path, dtype: SaveDtype | None
+) -> None:
+    needed = written_bytes(weights, dtype) + _BESIDE_WEIGHTS_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
@@ -91,7 +138,7 @@ def _check_space(source: Source, folder: Path, target: Path, dtype: SaveDtype) -
 def _end(
     written: Written,
     target: Path,
-    dtype: SaveDtype,
+    dtype: str,
     beside: tuple[Path, tuple[str, ...]] | None,
     seconds: float,
 ) -> Iterator[str]:
@@ -108,11 +155,8 @@ def _end(
     )
 
 
-def _verify(source_path: Path, target: Path) -> int:
+def _verify(source: Source, target: Path) -> int:
     started = time.monotonic()
-    if not any(target.glob("*.safetensors")):
-        raise UserError(f"{target} has no safetensors files. Pass the folder that a merge made.")
-    source = open_source(source_path, _shapes_of(target))
     print(one_line(source.what))
     differences: list[str] = []
     try:

@@ -25,7 +25,7 @@ from ftlaunch.strategies.deepspeed_config import (
     offload_devices,
     stage_of,
 )
-from ftlaunch.strategies.options import JobOptions, Precision
+from ftlaunch.strategies.options import JobOptions, LoraOptions, Precision
 from ftlaunch.strategies.registry import STRATEGIES, entry
 
 # Upper bounds of a micro-batch that nobody chose. Small ones pad less, because a global batch is
@@ -120,6 +120,8 @@ def make_plan(
             f"model.gradient_checkpointing is set, and --strategy {strategy} has none: mindone's models "
             "do not offer it. Leave it out and use a smaller train.per_device_train_batch_size."
         )
+    if mode == "train":
+        _check_lora(config.lora, strategy, machines, reasons)
     precision = _precision(config, machines, accelerator, strategy, reasons)
     _batch_fits(config, world_size, mode)
     micro_batch, accumulation = _micro_batch(config, world_size, accelerator)
@@ -220,6 +222,28 @@ def _check_deepspeed(
     if kept:
         why = f"{' and '.join(kept)} in the host's memory"
         reasons.append(Reason(choice="offload", value="cpu", why=why))
+
+
+def _check_lora(
+    lora: LoraOptions, strategy: str, machines: Sequence[Machine], reasons: list[Reason]
+) -> None:
+    """UserError where an adapter was asked for and cannot be had."""
+    if lora.r is None:
+        return
+    if entry(strategy).package == "mindspore":
+        raise UserError(
+            f"lora.r is {lora.r}, and --strategy {strategy} has no adapters: peft, which makes them, "
+            "knows torch's modules only. Use --strategy ddp, zero1, zero2 or zero3, or leave lora out."
+        )
+    for machine in machines:
+        if "peft" not in machine.versions:
+            raise UserError(
+                f"{machine.hostname} lacks peft, which lora.r={lora.r} needs: it makes the adapter. "
+                "Install it: pip install 'ftlaunch[lora]'."
+            )
+    kind = "DoRA" if lora.use_dora else "LoRA"
+    why = f"{', '.join(lora.target_modules)}; the model below is frozen, its head is not"
+    reasons.append(Reason(choice="adapter", value=f"{kind}, rank {lora.r}", why=why))
 
 
 def _check_packages(strategy: str, machines: Sequence[Machine]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.strategies.adapter import MODEL_CONFIG, adapter_folder, base_options, is_adapter
 from ftlaunch.strategies.options import ModelOptions
 
 _WEIGHT_FILES = (
@@ -40,8 +41,11 @@ def absolute_path(name: str) -> Path:
     return path
 
 
-def check_model_folder(options: ModelOptions) -> None:
-    """UserError when a local model lacks its configuration or its weights. Hub names pass."""
+def check_model_folder(options: ModelOptions, *, or_adapter: bool = False) -> None:
+    """UserError when a local model lacks its configuration or its weights. Hub names pass.
+
+    or_adapter   an adapter's folder will do, with the model that it names
+    """
     name = str(options.name_or_path)
     if not looks_local(name):
         return
@@ -56,6 +60,14 @@ def check_model_folder(options: ModelOptions) -> None:
             f"the model {name} is a file; --model takes the folder that holds config.json and "
             "model.safetensors."
         )
+    if is_adapter(folder):
+        if not or_adapter:
+            raise UserError(
+                f"the model folder {name} holds an adapter, which is no model by itself. Put it into its "
+                f"base: ftlaunch merge --adapter {name} BASE TARGET, and name TARGET."
+            )
+        check_model_folder(base_options(options))
+        return
     if not (folder / "config.json").is_file():
         raise UserError(
             f"the model folder {name} has no config.json, so it is not a model that transformers "
@@ -82,9 +94,17 @@ def model_type_of(options: ModelOptions) -> str | None:
 
 
 def read_model_config(options: ModelOptions) -> dict[str, Any]:
-    """config.json of a local folder, or of the hub (from its cache when offline)."""
+    """config.json of a local folder, or of the hub (from its cache when offline).
+
+    Of a local adapter: what it and its base make together.
+    """
+    adapter = adapter_folder(options)
+    own = adapter is not None and (adapter / MODEL_CONFIG).is_file()
+    options = base_options(options)
     name = str(options.name_or_path)
-    if looks_local(name):
+    if adapter is not None and own:
+        path = adapter / MODEL_CONFIG
+    elif looks_local(name):
         check_model_folder(options)
         path = Path(name).expanduser() / "config.json"
     else:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from ftlaunch.cluster.errors import JobError, UserError
 from ftlaunch.strategies.base import Strategy
+from ftlaunch.strategies.checkpoint.adapter_weights import with_adapter_keys
 from ftlaunch.strategies.checkpoint.agreement import all_or_none, long_all_or_none
 from ftlaunch.strategies.checkpoint.conversion import SaveDtype
 from ftlaunch.strategies.checkpoint.manifest import CheckpointDamaged, read_manifest
-from ftlaunch.strategies.checkpoint.merge import write_weights
+from ftlaunch.strategies.checkpoint.merge import write_adapter, write_weights
 from ftlaunch.strategies.checkpoint.model_files import fit_config
 from ftlaunch.strategies.checkpoint.store import checkpoint_weights
 from ftlaunch.strategies.files import replace_file, sync_folder
@@ -31,6 +32,8 @@ def write_model_folder(
     alive: Callable[[], None],
 ) -> tuple[Path, str | None]:
     """Collective: rank 0 merges the checkpoint and puts the folder in the place of `target`.
+
+    Of a checkpoint that holds an adapter the folder is the adapter's, in peft's layout.
 
     model_files   what it has beside the weights, on rank 0
     alive         called every few seconds
@@ -48,8 +51,13 @@ def write_model_folder(
             with replace_file(temporary / name) as file:
                 file.write(content)
         fit_config(temporary, dtype)
-        weights = checkpoint_weights(checkpoint, read_manifest(checkpoint))
-        overflowed = write_weights(weights, temporary, dtype=dtype).overflowed
+        manifest = read_manifest(checkpoint)
+        weights = checkpoint_weights(checkpoint, manifest)
+        if manifest.holds_adapter:
+            written = write_adapter(with_adapter_keys(weights), temporary, dtype=dtype)
+        else:
+            written = write_weights(weights, temporary, dtype=dtype)
+        overflowed = written.overflowed
         sync_folder(temporary)
 
     def put_in_place() -> None:

@@ -135,6 +135,25 @@ class DeepSpeedOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraOptions:
+    """A low-rank adapter instead of the whole model."""
+
+    __pydantic_config__ = _STRICT
+
+    # The rank of the adapter's matrices; None: no adapter, the model itself is trained.
+    r: PositiveInt | None = None
+    # What the adapter adds is multiplied by alpha / r, under rsLoRA by alpha / sqrt(r). None: r.
+    alpha: Annotated[float, Gt(0)] | None = None
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    # Ends of modules' names by dots ("query", "attention.output.dense"), or "all-linear".
+    target_modules: tuple[str, ...] = ("all-linear",)
+    use_rslora: bool = False
+    use_dora: bool = False
+    # Trained as they are and saved with the adapter, beside the head.
+    modules_to_save: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions:
     """Everything that a worker reads from the plan about training."""
 
@@ -146,3 +165,4 @@ class JobOptions:
     train: TrainOptions = field(default_factory=TrainOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     deepspeed: DeepSpeedOptions = field(default_factory=DeepSpeedOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)

@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoConfig
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.strategies.adapter import base_options
 from ftlaunch.strategies.base import StrategyRequest
 from ftlaunch.strategies.model_config import POSITIONS_AFTER_PADDING
 from ftlaunch.strategies.options import ModelOptions
@@ -35,7 +36,7 @@ def be_quiet() -> None:
 
 def load_config(request: StrategyRequest) -> Any:
     """The model's configuration with the job's labels and dropout. UserError when it cannot be had."""
-    options = request.options.model
+    options = base_options(request.options.model)
     labels = list(request.label_names)
     arguments: dict[str, Any] = {"num_labels": request.num_outputs} if request.num_outputs else {}
     if labels:

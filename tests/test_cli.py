@@ -121,7 +121,7 @@ def test_the_flags_are_frozen():
 
 def test_the_flags_of_merge_are_frozen():
     flags = {flag for action in build_merge_parser()._actions for flag in action.option_strings}
-    assert flags == {"--dtype", "--model", "--verify", "-h", "--help"}
+    assert flags == {"--adapter", "--dtype", "--model", "--verify", "-h", "--help"}
 
 
 def test_the_flags_of_submit_are_frozen():

@@ -137,7 +137,16 @@ def test_documented_defaults_are_the_real_ones() -> None:
 def test_documented_meanings_name_every_choice() -> None:
     hints = {
         f"{section}.{name}": hint
-        for section in ("cluster", "model", "data", "train", "checkpoint", "deepspeed", "slurm")
+        for section in (
+            "cluster",
+            "model",
+            "data",
+            "train",
+            "checkpoint",
+            "deepspeed",
+            "lora",
+            "slurm",
+        )
         for name, hint in typing.get_type_hints(
             typing.get_type_hints(RunConfig)[section], include_extras=False
         ).items()
@@ -275,7 +284,7 @@ def test_the_readme_shows_the_main_commands() -> None:
 @each_document
 def test_keys_in_the_text_exist(document: Path) -> None:
     """Everything in code that looks like a key of a section is one."""
-    sections = ("cluster", "model", "data", "train", "checkpoint")
+    sections = ("cluster", "model", "data", "train", "checkpoint", "lora")
     files = ("json", "jsonl", "safetensors", "md", "py", "yaml")
     for code in _code(document.read_text(encoding="utf-8").replace("```", "")):
         for word in re.findall(rf"^(?:{'|'.join(sections)})\.\w+", code):

@@ -16,7 +16,13 @@ from ftlaunch.strategies.checkpoint.manifest import Manifest
 from ftlaunch.strategies.data.batches import Collator
 from ftlaunch.strategies.data.sample_order import SampleOrder
 from ftlaunch.strategies.loop import Windows
-from ftlaunch.strategies.options import DeepSpeedOptions, JobOptions, ModelOptions, TrainOptions
+from ftlaunch.strategies.options import (
+    DeepSpeedOptions,
+    JobOptions,
+    LoraOptions,
+    ModelOptions,
+    TrainOptions,
+)
 
 VOCABULARY = 120
 
@@ -91,6 +97,7 @@ def request(
     precision: Any = "fp32",
     model: dict[str, Any] | None = None,
     deepspeed: DeepSpeedOptions | None = None,
+    lora: LoraOptions | None = None,
     **train: Any,
 ) -> StrategyRequest:
     """What creates a strategy for a tiny model with random weights and no dropout."""
@@ -105,6 +112,7 @@ def request(
         ),
         train=TrainOptions(**{"learning_rate": 1e-3, "seed": 7, **train}),
         deepspeed=deepspeed or DeepSpeedOptions(),
+        lora=lora or LoraOptions(),
     )
     return StrategyRequest(
         world=world,

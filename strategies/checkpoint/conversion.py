@@ -19,8 +19,10 @@ TORCH_NAMES: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "f
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
-def target_dtype(source: str, save: SaveDtype) -> str:
-    """What a tensor of dtype `source` is written as."""
+def target_dtype(source: str, save: SaveDtype | None) -> str:
+    """What a tensor of dtype `source` is written as; None: as it is."""
+    if save is None:
+        return source
     return SAVE_DTYPES[save] if source in _NUMPY else source
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.data.token_cache import Tokens
-from ftlaunch.strategies.options import JobOptions
+from ftlaunch.strategies.options import JobOptions, LoraOptions
 
 _SAMPLE_BYTES = 1 << 16
 _NUM_SAMPLES = 16
@@ -21,7 +21,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 def job_identity(options: JobOptions, tokens: Tokens) -> dict[str, Any]:
     """The identity as it stands in a manifest; every value is plain JSON."""
-    return {
+    identity: dict[str, Any] = {
         "task": options.task,
         "model": model_fingerprint(options),
         "data": tokens.key,
@@ -30,6 +30,21 @@ def job_identity(options: JobOptions, tokens: Tokens) -> dict[str, Any]:
         "seed": options.train.seed,
         "global_batch_size": options.train.global_batch_size,
         "freeze": list(options.model.freeze),
+    }
+    if options.lora.r is not None:
+        identity["lora"] = _adapter_identity(options.lora)
+    return identity
+
+
+def _adapter_identity(lora: LoraOptions) -> dict[str, Any]:
+    """All but the dropout, which may change as the model's own may."""
+    return {
+        "r": lora.r,
+        "alpha": lora.alpha if lora.alpha is not None else lora.r,
+        "target_modules": sorted(lora.target_modules),
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
+        "modules_to_save": sorted(lora.modules_to_save),
     }
 
 
@@ -72,12 +87,13 @@ def check_same_job(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: 
     """UserError that lists every difference."""
     differences = [
         f"{key}: {_MEANINGS.get(key) or f'{found.get(key)!r} there, {value!r} now'}"
-        for key, value in wanted.items()
+        # A job without an adapter does not name it.
+        for key, value in {"lora": None, **wanted}.items()
         if found.get(key) != value
     ]
     if differences:
         raise UserError(
             f"{folder} holds the checkpoints of another job ({'; '.join(differences)}). A job is "
-            "continued with the same model, data, labels, seed, global batch and freezing. Choose "
+            "continued with the same model, data, labels, seed, global batch, freezing and adapter. Choose "
             "another --output-dir, or --overwrite to delete what is there."
         )

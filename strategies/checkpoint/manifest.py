@@ -61,6 +61,11 @@ class Manifest:
     model_files: Mapping[str, int] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    @property
+    def holds_adapter(self) -> bool:
+        """An adapter alone, without the model below it."""
+        return self.identity.get("lora") is not None
+
 
 def folder_name(step: int) -> str:
     return f"{FOLDER_PREFIX}{step:08d}"
@@ -155,9 +160,11 @@ def _check_types(manifest: Manifest) -> None:
             raise ValueError(f"file name {name!r}")
     if any(".safetensors" in name for name in manifest.model_files):
         raise ValueError("model_files names weights")
-    if "adapter_config.json" in manifest.model_files:
+    if "adapter_config.json" in manifest.model_files and not manifest.holds_adapter:
         # With it in the folder, from_pretrained would load the model that it names.
         raise ValueError("model_files names adapter_config.json")
+    if manifest.holds_adapter and "config.json" in manifest.model_files:
+        raise ValueError("model_files names config.json, which an adapter does not have")
 
 
 def _is_count(value: object) -> bool:

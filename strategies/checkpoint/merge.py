@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.strategies.adapter import ADAPTER_WEIGHTS
 from ftlaunch.strategies.checkpoint.agreement import FULL
 from ftlaunch.strategies.checkpoint.conversion import (
     SaveDtype,
@@ -25,6 +26,7 @@ from ftlaunch.strategies.checkpoint.conversion import (
     overflows,
     target_dtype,
 )
+from ftlaunch.strategies.checkpoint.low_rank import stream_changed
 from ftlaunch.strategies.checkpoint.run_reader import RunReader
 from ftlaunch.strategies.checkpoint.torch_zip import ITEM_BYTES
 from ftlaunch.strategies.checkpoint.weights import Run, Weight
@@ -65,19 +67,23 @@ def write_weights(
     weights: Sequence[Weight],
     folder: Path,
     *,
-    dtype: SaveDtype = "fp32",
+    dtype: SaveDtype | None = "fp32",
     on_progress: Progress | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = MAX_SHARD_BYTES,
+    name: str = WEIGHTS_NAME,
 ) -> Written:
     """Write model.safetensors, or shards and their index, into an existing folder, synced to the disk.
 
-    Floating-point tensors are written in `dtype`, others as they are. CheckpointDamaged when bytes
-    have another checksum than they should or are not there; UserError when the disk is full.
+    Floating-point tensors are written in `dtype` (None: each in its own), others as they are.
+
+    max_shard_bytes  None: one file, `name`, whatever its size
+    CheckpointDamaged when bytes have another checksum than they should or are not there; UserError when
+    the disk is full.
     """
     for weight in weights:
         _check_name(weight.name)
         _check_bytes(weight)
-    shards = _split(weights, dtype, max_shard_bytes)
+    shards = _split(weights, dtype, max_shard_bytes, name)
     total = written_bytes(weights, dtype)
     done, overflowed = 0, None
     with RunReader() as reader:
@@ -110,6 +116,24 @@ def write_weights(
     )
 
 
+def write_adapter(
+    weights: Sequence[Weight],
+    folder: Path,
+    *,
+    dtype: SaveDtype = "fp32",
+    on_progress: Progress | None = None,
+) -> Written:
+    """As `write_weights`, the one file of an adapter, which have peft's names."""
+    return write_weights(
+        weights,
+        folder,
+        dtype=dtype,
+        on_progress=on_progress,
+        max_shard_bytes=None,
+        name=ADAPTER_WEIGHTS,
+    )
+
+
 def _check_name(name: str) -> None:
     try:
         name.encode()
@@ -130,7 +154,7 @@ def _check_bytes(weight: Weight) -> None:
         )
 
 
-def written_bytes(weights: Sequence[Weight], dtype: SaveDtype) -> int:
+def written_bytes(weights: Sequence[Weight], dtype: SaveDtype | None) -> int:
     """Of the tensors alone; the headers add about a hundred bytes each."""
     return sum(_written_bytes(weight, dtype) for weight in weights)
 
@@ -182,7 +206,9 @@ def compare_weights(
                 on_progress(done, total)
 
 
-def _split(weights: Sequence[Weight], dtype: SaveDtype, max_bytes: int) -> list[_Shard]:
+def _split(
+    weights: Sequence[Weight], dtype: SaveDtype | None, max_bytes: int | None, name: str
+) -> list[_Shard]:
     """In the order of their names; a tensor that is larger than a file may be has one alone."""
     if len({weight.name for weight in weights}) < len(weights):
         raise ValueError("two weights have one name")
@@ -190,30 +216,30 @@ def _split(weights: Sequence[Weight], dtype: SaveDtype, max_bytes: int) -> list[
     size = 0
     for weight in sorted(weights, key=lambda each: each.name):
         own = _written_bytes(weight, dtype)
-        if groups[-1] and size + own > max_bytes:
+        if groups[-1] and max_bytes is not None and size + own > max_bytes:
             groups.append([])
             size = 0
         groups[-1].append(weight)
         size += own
     if len(groups) == 1:
-        return [_Shard(WEIGHTS_NAME, tuple(_laid_down(groups[0], dtype)))]
+        return [_Shard(name, tuple(_laid_down(groups[0], dtype)))]
     return [
         _Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(_laid_down(group, dtype)))
         for i, group in enumerate(groups, 1)
     ]
 
 
-def _laid_down(weights: Sequence[Weight], dtype: SaveDtype) -> list[Weight]:
+def _laid_down(weights: Sequence[Weight], dtype: SaveDtype | None) -> list[Weight]:
     return sorted(
         weights, key=lambda each: (_ORDER.index(target_dtype(each.dtype, dtype)), each.name)
     )
 
 
-def _written_bytes(weight: Weight, dtype: SaveDtype) -> int:
+def _written_bytes(weight: Weight, dtype: SaveDtype | None) -> int:
     return weight.num_elements * ITEM_BYTES[target_dtype(weight.dtype, dtype)]
 
 
-def _header(weights: Sequence[Weight], dtype: SaveDtype) -> bytes:
+def _header(weights: Sequence[Weight], dtype: SaveDtype | None) -> bytes:
     header: dict[str, object] = {"__metadata__": _METADATA}
     position = 0
     for weight in weights:
@@ -230,15 +256,25 @@ def _header(weights: Sequence[Weight], dtype: SaveDtype) -> bytes:
 
 
 def _converted(
-    weights: Sequence[Weight], dtype: SaveDtype, reader: RunReader
+    weights: Sequence[Weight], dtype: SaveDtype | None, reader: RunReader
 ) -> Iterator[tuple[Weight, NDArray[np.uint8], bool]]:
     """(of which weight, its next bytes in `dtype`, whether numbers have become infinite in them)."""
     for weight in weights:
         target = target_dtype(weight.dtype, dtype)
-        narrows = target == "F16" and weight.dtype != "F16"
-        for data in reader.pieces(weight, converts=target != weight.dtype):
-            converted = convert(data, weight.dtype, target)
-            yield weight, converted, narrows and overflows(data, weight.dtype, converted)
+        narrows = target == "F16" and (weight.dtype != "F16" or weight.change is not None)
+        for data, source in _pieces(weight, reader, converts=target != weight.dtype):
+            converted = convert(data, source, target)
+            yield weight, converted, narrows and overflows(data, source, converted)
+
+
+def _pieces(
+    weight: Weight, reader: RunReader, *, converts: bool
+) -> Iterator[tuple[NDArray[np.uint8], str]]:
+    """(the next bytes of a weight, their dtype); what an adapter changes comes in fp32."""
+    if weight.change is not None:
+        yield from ((data, "F32") for data in stream_changed(weight, reader))
+    else:
+        yield from ((data, weight.dtype) for data in reader.pieces(weight, converts=converts))
 
 
 def _write_all(file: BinaryIO, data: bytes | memoryview) -> None:
@@ -249,7 +285,7 @@ def _write_all(file: BinaryIO, data: bytes | memoryview) -> None:
 
 
 def _write_index(
-    path: Path, shards: Sequence[_Shard], weights: Sequence[Weight], dtype: SaveDtype
+    path: Path, shards: Sequence[_Shard], weights: Sequence[Weight], dtype: SaveDtype | None
 ) -> None:
     index = {
         "metadata": {
@@ -271,8 +307,8 @@ def _write_index(
 def _first_difference(weight: Weight, dtype: str, target: Run, reader: RunReader) -> int | None:
     """The first element that is not the same, None when all are."""
     position, item = 0, ITEM_BYTES[dtype]
-    for data in reader.pieces(weight, converts=True):
-        expected = convert(data, weight.dtype, dtype)
+    for data, source in _pieces(weight, reader, converts=True):
+        expected = convert(data, source, dtype)
         found = reader.read_beside(target.path, target.offset + position, expected.nbytes)
         if not np.array_equal(expected, found):
             return int(position + np.flatnonzero(expected != found)[0]) // item

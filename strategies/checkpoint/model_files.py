@@ -42,6 +42,7 @@ _PATTERNS = (
 )
 # Code of the model's own, which config.json's auto_map names.
 _CODE = ("configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py")
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 _EMBEDDINGS = (
     "embed_tokens.weight",
     "word_embeddings.weight",
@@ -56,29 +57,30 @@ def model_files(folder: Path) -> tuple[str, ...]:
     return tuple(n for n in names if any(fnmatch.fnmatchcase(n, p) for p in (*_PATTERNS, *_CODE)))
 
 
-def model_folder(name: str) -> Path:
-    """The folder of --model: as it stands, or downloaded from the hub without its weights.
+def model_folder(name: str, *, of: str = "--model", weights: bool = False) -> Path:
+    """A model's folder: as it stands, or downloaded from the hub, without its weights unless asked for.
 
+    of   what takes it, for the message
     UserError when there is none, or it has no config.json.
     """
     folder = Path(name).expanduser()
     if not folder.exists() and not name.startswith(("/", ".", "~")):
-        folder = _from_hub(name)
-    if not (folder / CONFIG_NAME).is_file():
+        folder = _from_hub(name, _WEIGHTS if weights else ())
+    if not (folder / CONFIG_NAME).is_file() and not (weights and folder.is_dir()):
         state = "has no config.json" if folder.is_dir() else "is no folder"
         raise UserError(
-            f"the model {name} {state}. --model takes a folder with config.json and the tokenizer, "
+            f"the model {name} {state}. {of} takes a folder with config.json and the tokenizer, "
             "or the name of a model on the hub."
         )
     return folder
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, weights: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[*_PATTERNS, *_CODE]))
+        return Path(snapshot_download(name, allow_patterns=[*_PATTERNS, *_CODE, *weights]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -103,7 +105,7 @@ def copy_model_files(
 def fit_config(folder: Path, dtype: SaveDtype) -> None:
     """Have the config.json in `folder`, if there is one, say `dtype`."""
     if (folder / CONFIG_NAME).is_file():
-        text = json.dumps(with_dtype(_read_config(folder), dtype), indent=2) + "\n"
+        text = json.dumps(with_dtype(read_config(folder), dtype), indent=2) + "\n"
         with replace_file(folder / CONFIG_NAME) as file:
             file.write(text.encode())
 
@@ -135,7 +137,7 @@ def check_shapes(weights: Sequence[Weight], folder: Path) -> None:
         if shape is not None and shape != weight.shape:
             differences.append(f"{weight.name} has shape {weight.shape}, there {shape}")
     if not known:
-        differences = _against_config(weights, _read_config(folder))
+        differences = _against_config(weights, read_config(folder))
     if differences:
         more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise UserError(
@@ -198,7 +200,8 @@ def _against_config(weights: Sequence[Weight], config: Mapping[str, Any]) -> lis
     ]
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder. UserError when it is none."""
     try:
         config = json.loads((folder / CONFIG_NAME).read_bytes())
     except (OSError, ValueError, RecursionError) as error:

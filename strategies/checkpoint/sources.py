@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.strategies.adapter import ADAPTER_CONFIG
+from ftlaunch.strategies.checkpoint.adapter_weights import with_adapter_keys
 from ftlaunch.strategies.checkpoint.deepspeed_files import find_tag_folder
 from ftlaunch.strategies.checkpoint.deepspeed_layout import deepspeed_weights
 from ftlaunch.strategies.checkpoint.manifest import (
@@ -41,6 +43,7 @@ class Source:
     what     a line for the user: which checkpoint, of what kind
     model    the folder with config.json and the tokenizer, and the names of these files; or None
     notes    further lines for the user
+    adapter  the weights are an adapter's, in peft's layout; what it belongs to is elsewhere
     beside   what `model` names lies with the weights themselves: there is nothing to compare
     """
 
@@ -49,6 +52,7 @@ class Source:
     model: tuple[Path, tuple[str, ...]] | None
     notes: tuple[str, ...]
     beside: bool = False
+    adapter: bool = False
 
 
 def open_source(folder: Path, known: ModelShapes | None = None) -> Source:
@@ -99,12 +103,16 @@ def _newest(checkpoints: Sequence[Path]) -> Source:
 def _own(folder: Path, notes: Sequence[str]) -> Source:
     manifest = read_manifest(folder)
     names = tuple(manifest.model_files)
+    weights = checkpoint_weights(folder, manifest)
+    adapter = manifest.holds_adapter
+    config = ADAPTER_CONFIG if adapter else CONFIG_NAME
     return Source(
-        what=f"{folder}: step {manifest.step:,}, written by {manifest.world_size} rank(s) under "
-        f"{manifest.strategy}",
-        weights=checkpoint_weights(folder, manifest),
-        model=(folder / MODEL_FOLDER, names) if CONFIG_NAME in names else None,
+        what=f"{folder}: {'adapter, ' if adapter else ''}step {manifest.step:,}, written by "
+        f"{manifest.world_size} rank(s) under {manifest.strategy}",
+        weights=with_adapter_keys(weights) if adapter else weights,
+        model=(folder / MODEL_FOLDER, names) if config in names else None,
         notes=tuple(notes),
+        adapter=adapter,
     )
 
 

@@ -178,8 +178,8 @@ class CheckpointReader:
 def checkpoint_weights(folder: Path, manifest: Manifest) -> tuple[Weight, ...]:
     """The weights of a checkpoint as runs of bytes with their checksums; reads headers alone.
 
-    Other names of shared weights (`manifest.aliases`) are not among them. CheckpointDamaged when
-    elements are missing.
+    Other names of shared weights (`manifest.aliases`) are not among them. An adapter's have the names
+    that they have in the model. CheckpointDamaged when elements are missing.
     """
     reader = CheckpointReader(folder, manifest)
     names = reader.names("weight").keys() - manifest.aliases.keys()

@@ -29,18 +29,38 @@ class Run:
 class Weight:
     """One tensor of a model.
 
-    dtype  of the bytes in the files, such as "F32", "BF16" or "I64"
-    runs   one after the other they are the row-major tensor, little-endian
+    dtype   of the bytes in the files, such as "F32", "BF16" or "I64"
+    runs    one after the other they are the row-major tensor, little-endian
+    change  what an adapter makes of it
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     runs: tuple[Run, ...]
+    change: LowRank | None = None
 
     @property
     def num_elements(self) -> int:
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRank:
+    """What an adapter makes of a matrix W: W + scale·L·R; with a magnitude each output's weights are
+    then stretched to that length (DoRA).
+
+    left       (rows of W, rank); (rank, rows) where `transposed`
+    right      (rank, columns of W); (columns, rank) where `transposed`
+    magnitude  (outputs,)
+    transposed  W has a row for each input, as GPT-2's layers and embeddings have
+    """
+
+    left: Weight
+    right: Weight
+    scale: float
+    magnitude: Weight | None
+    transposed: bool
 
 
 def strided_runs(

@@ -33,6 +33,7 @@ from ftlaunch.strategies.torch.group import (
     sum_across_ranks,
     use_device,
 )
+from ftlaunch.strategies.torch.lora import has_adapter
 from ftlaunch.strategies.torch.losses import LOSSES
 from ftlaunch.strategies.torch.model import aliases_of, load_model, model_files
 from ftlaunch.strategies.torch.output_head import OutputHead
@@ -200,13 +201,16 @@ class TorchDataParallel:
     def _tensors(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(kind, name, tensor) of everything a checkpoint holds, in the same order on every rank."""
         persistent = self.model.state_dict(keep_vars=True).keys()
+        alone = has_adapter(self.model)
         for name, parameter in self.model.named_parameters():
+            if alone and not parameter.requires_grad:
+                continue  # the base's own, which is in its files
             yield "weight", name, parameter.detach()
             for moment in _MOMENTS:
                 if moment in self._optimizer.state.get(parameter, {}):
                     yield moment, name, self._optimizer.state[parameter][moment]
         for name, buffer in self.model.named_buffers():
-            if name in persistent:
+            if name in persistent and not alone:
                 yield "weight", name, buffer
 
     def state_slices(self) -> Iterable[TensorSlice]:

@@ -20,6 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.strategies.adapter import adapter_folder, base_options
 from ftlaunch.strategies.base import StrategyRequest
 from ftlaunch.strategies.options import ModelOptions
 from ftlaunch.strategies.pretrained import (
@@ -32,6 +33,8 @@ from ftlaunch.strategies.pretrained import (
     load_config,
 )
 from ftlaunch.strategies.safetensors_file import FileDamaged, read_places
+from ftlaunch.strategies.torch.adapted import put_adapter_in
+from ftlaunch.strategies.torch.lora import adapter_files, add_lora, has_adapter
 from ftlaunch.strategies.weights import draw_weight
 
 _HEADS: dict[str, Any] = {
@@ -49,21 +52,33 @@ def load_model(request: StrategyRequest, *, keep_file_dtype: bool = False) -> An
                       the mapped files
     """
     be_quiet()
-    options = request.options.model
+    adapter = adapter_folder(request.options.model)
+    options = base_options(request.options.model)
     config = load_config(request)
     if request.head == "causal-lm":
         _check_reads_forward(config, options)
     seed = request.options.train.seed
+    missing: set[str] = set()
     if options.random_weights:
         model = _random_model(_HEADS[request.head], config, options, seed)
     else:
         dtype = _file_dtype(options) if keep_file_dtype else torch.float32
-        model = _pretrained_model(
-            _HEADS[request.head], config, options, seed, dtype, trained_head=request.trained_head
+        model, missing = _pretrained_model(
+            _HEADS[request.head],
+            config,
+            options,
+            seed,
+            dtype,
+            trained_head=request.trained_head and adapter is None,
         )
+    if adapter is not None:
+        put_adapter_in(model, adapter, missing)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     freeze(model, options.freeze)
+    lora = request.options.lora
+    if lora.r is not None and not request.trained_head:
+        add_lora(model, lora, options, missing=missing, seed=seed)
     return model
 
 
@@ -86,7 +101,8 @@ def _pretrained_model(
     dtype: torch.dtype,
     *,
     trained_head: bool,
-) -> Any:
+) -> tuple[Any, set[str]]:
+    """(the model, names of the parameters that no file provides, which are drawn)."""
     try:
         model, info = head.from_pretrained(
             options.name_or_path,
@@ -112,7 +128,7 @@ def _pretrained_model(
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.float()
-    return model
+    return model, missing
 
 
 def _file_dtype(options: ModelOptions) -> torch.dtype:
@@ -172,7 +188,12 @@ def freeze(model: torch.nn.Module, patterns: tuple[str, ...]) -> None:
 
 
 def aliases_of(model: Any) -> dict[str, str]:
-    """Names in the state dict of weights that have another name among the parameters → that name."""
+    """Names in the state dict of weights that have another name among the parameters → that name.
+
+    Of a model with an adapter none: what is saved of it is not shared.
+    """
+    if has_adapter(model):
+        return {}
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         name: first[id(value)]
@@ -182,7 +203,10 @@ def aliases_of(model: Any) -> dict[str, str]:
 
 
 def model_files(model: Any) -> dict[str, bytes]:
-    """config.json and, where the model has them, its generation settings and its own code."""
+    """config.json and, where the model has them, its generation settings and its own code.
+
+    Of a model with an adapter: what the adapter's folder has.
+    """
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = torch.float32
@@ -192,4 +216,5 @@ def model_files(model: Any) -> dict[str, bytes]:
         config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+    return adapter_files(model, files) if has_adapter(model) else files

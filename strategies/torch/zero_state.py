@@ -18,6 +18,7 @@ import torch
 from ftlaunch.cluster.world import World
 from ftlaunch.strategies.base import StateReader, TensorSlice
 from ftlaunch.strategies.checkpoint.manifest import CheckpointDamaged
+from ftlaunch.strategies.torch.lora import has_adapter
 from ftlaunch.strategies.torch.slices import copy_whole, own_share
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -58,12 +59,15 @@ class ZeroState:
         self._optimizer = optimizer
         self._stage = stage
         self._world = world
+        # Of a model with an adapter the frozen rest is in the base's files.
+        self._alone = has_adapter(model)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         # What is frozen never changes: what the model came with is what is saved.
         self._exact = {
             name: exact[name]
             for parameter, name in self._names.items()
             if name in exact
+            and not self._alone
             and not parameter.requires_grad
             and not torch.equal(exact[name].to(parameter.dtype).to(exact[name].dtype), exact[name])
         }
@@ -105,6 +109,8 @@ class ZeroState:
                 vector = self._moments(piece).get(moment)
                 if vector is not None:
                     yield self._slice(piece, moment, piece.of(vector))
+        if self._alone:
+            return
         if self._stage == 3:
             yield from self._frozen_parts()
             yield from own_share(list(self._buffers()), self._world)
@@ -204,6 +210,8 @@ class ZeroState:
         damage: CheckpointDamaged | None = None
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
+                if self._alone and not parameter.requires_grad:
+                    continue
                 with self._gathered(parameter):
                     try:
                         copy_whole(reader, "weight", name, parameter)
