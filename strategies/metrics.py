@@ -78,7 +78,7 @@ def _load(name: str, spec: TaskSpec) -> Any:
 def _load_from_hub(name: str) -> Any:
     try:
         with _quiet():
-            return _import_evaluate().load(name, keep_in_memory=True)
+            return import_evaluate().load(name, keep_in_memory=True)
     except MemoryError:
         raise
     # What a script of the hub raises while it is imported cannot be foreseen.
@@ -125,7 +125,7 @@ def _compute(
 def _metric_class() -> Callable[[str, str, Formula], Any]:
     import datasets
 
-    evaluate: Any = _import_evaluate()
+    evaluate: Any = import_evaluate()
 
     class BuiltinMetric(evaluate.Metric):  # type: ignore[misc]
         """Kept in memory: without that, each instance writes and locks a cache file."""
@@ -153,7 +153,7 @@ def _metric_class() -> Callable[[str, str, Formula], Any]:
     return BuiltinMetric
 
 
-def _import_evaluate() -> ModuleType:
+def import_evaluate() -> ModuleType:
     """The evaluate library without its evaluators.
 
     They import all of transformers.pipelines, and with it torch: 3 of the 4.4 s of CPU time that

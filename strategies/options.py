@@ -61,6 +61,10 @@ class DataOptions:
     packing: Literal["none", "samples", "concatenate"] = "none"
     # What is done with a sample that is longer than max_length.
     long_samples: Literal["truncate", "drop", "error"] = "truncate"
+    # Of masked language models: the share of tokens that are to be guessed, and whether the tokens of
+    # a word are guessed together.
+    mlm_probability: Annotated[float, Gt(0), Lt(1)] = 0.15
+    whole_word_masking: bool = False
     max_train_samples: PositiveInt | None = None
     max_eval_samples: PositiveInt | None = None
     trust_remote_code: bool = False

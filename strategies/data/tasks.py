@@ -28,11 +28,15 @@ if TYPE_CHECKING:
 TASKS: dict[str, str] = {
     "text-classification": "ftlaunch.strategies.data.text_classification:TextClassification",
     "causal-lm": "ftlaunch.strategies.data.causal_lm:CausalLm",
+    "masked-lm": "ftlaunch.strategies.data.masked_lm:MaskedLm",
+    "token-classification": "ftlaunch.strategies.data.token_classification:TokenClassification",
 }
 # Keys of the data section that mean something to some tasks only.
 OWN_KEYS: dict[str, tuple[str, ...]] = {
     "packing": ("causal-lm",),
-    "long_samples": ("causal-lm",),
+    "long_samples": ("causal-lm", "masked-lm", "token-classification"),
+    "mlm_probability": ("masked-lm",),
+    "whole_word_masking": ("masked-lm",),
 }
 
 
