@@ -136,6 +136,7 @@ def _what_to_evaluate(target: Path, name: str) -> tuple[str, dict[str, Any]]:
         "task": options.task,
         "data.text_columns": options.data.text_columns,
         "data.label_column": options.data.label_column,
+        "data.label_columns": options.data.label_columns,
         "data.max_length": options.data.max_length,
         "data.packing": options.data.packing,
         "data.long_samples": options.data.long_samples,

@@ -56,6 +56,8 @@ class DataOptions:
     eval_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
     text_columns: tuple[str, ...] | None = None
     label_column: str | None = None
+    # Of texts with several labels: a column of 0 and 1 for each, instead of one with lists.
+    label_columns: tuple[str, ...] | None = None
     max_length: PositiveInt | None = None
     # Of language models: whole samples side by side, or all texts joined and cut.
     packing: Literal["none", "samples", "concatenate"] = "none"

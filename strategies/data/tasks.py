@@ -33,6 +33,7 @@ TASKS: dict[str, str] = {
 }
 # Keys of the data section that mean something to some tasks only.
 OWN_KEYS: dict[str, tuple[str, ...]] = {
+    "label_columns": ("text-classification",),
     "packing": ("causal-lm",),
     "long_samples": ("causal-lm", "masked-lm", "token-classification"),
     "mlm_probability": ("masked-lm",),
@@ -41,6 +42,7 @@ OWN_KEYS: dict[str, tuple[str, ...]] = {
 
 
 Problem = Literal["classification", "regression", "several-labels", "tokens"]
+ModelProblem = Literal["classification", "regression", "several-labels"]
 Head = Literal["sequence-classification", "token-classification", "causal-lm", "masked-lm"]
 Loss = Literal["cross_entropy", "mse", "binary_cross_entropy", "token_cross_entropy"]
 
@@ -135,7 +137,7 @@ class TaskSpec:
 class ModelLabels:
     """What a trained model's outputs mean; label_names in the order of their ids, () for numbers."""
 
-    problem: Literal["classification", "regression"]
+    problem: ModelProblem
     label_names: tuple[str, ...]
 
 
