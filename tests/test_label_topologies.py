@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -264,3 +265,20 @@ def test_the_model_of_a_job_is_evaluated_alone(folders: Any, tmp_path: Path, tas
     if task == "token-classification":
         rows = [json.loads(line) for line in (folders[1] / "test.jsonl").read_text().splitlines()]
         assert [record["expected"] for record in records] == [row["ner_tags"] for row in rows]
+    _assert_pipeline_agrees(tmp_path / "out" / "model", task, folders[1] / "test.jsonl", records)
+
+
+def _assert_pipeline_agrees(model: Path, task: str, rows: Path, records: list[Any]) -> None:
+    """What transformers makes of the model's folder, without any code of ours."""
+    from transformers import pipeline
+
+    text = json.loads(rows.read_text().splitlines()[0])["text"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if task == "text-classification":
+            found = pipeline(task, model=str(model), top_k=None)(text)
+            scores = {each["label"]: each["score"] for each in found}
+            assert scores == pytest.approx(records[0]["scores"], abs=1e-5)
+        elif task == "token-classification":
+            found = pipeline(task, model=str(model), ignore_labels=[])(text)
+            assert [each["entity"] for each in found] == records[0]["tags"]

@@ -26,7 +26,9 @@ def element_of(rows: Dataset, column: str) -> Any | None:
     feature = rows.features[column]
     if isinstance(feature, list):
         return feature[0] if len(feature) == 1 else None
-    return getattr(feature, "feature", None)
+    inner = getattr(feature, "feature", None)
+    # A Sequence of records holds a record of lists.
+    return None if type(feature).__name__ == "Sequence" and isinstance(inner, dict) else inner
 
 
 def check_words(rows: Dataset, column: str, part: str) -> None:
