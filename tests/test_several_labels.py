@@ -93,7 +93,7 @@ def test_columns_of_zero_and_one(data: Data) -> None:
     assert tokens.spec.label_names == ("rude", "loud") and tokens.spec.label_column == ""
     assert labels_of(tokens) == [[1, 0], [0, 1]]
     model = ModelLabels(problem="several-labels", label_names=("loud", "rude"))
-    turned = data.prepare(rows, label_columns=("rude", "loud"), labels=model)
+    turned = data.prepare(rows, rows, label_columns=("rude", "loud"), labels=model)
     assert labels_of(turned) == [[0, 1], [1, 0]]
 
 
@@ -130,15 +130,13 @@ def test_labels_that_training_or_the_model_lacks(data: Data) -> None:
     with pytest.raises(UserError, match=r"evaluation data holds labels .*: 'z' in 'labels'"):
         data.prepare(rows_of(["a"], ["b"]), rows_of(["z"]))
     several = ModelLabels(problem="several-labels", label_names=("b", "a", "c"))
-    assert labels_of(data.prepare(rows_of(["a"], ["c", "b"]), labels=several)) == [
-        [0, 1, 0],
-        [1, 0, 1],
-    ]
+    rows = rows_of(["a"], ["c", "b"])
+    assert labels_of(data.prepare(rows, rows, labels=several)) == [[0, 1, 0], [1, 0, 1]]
     with pytest.raises(UserError, match="are not the model's"):
-        data.prepare(rows_of(["a"], ["z"]), labels=several)
+        data.prepare(rows, rows_of(["z"]), labels=several)
     one = ModelLabels(problem="classification", label_names=("a", "b"))
     with pytest.raises(UserError, match="the model gives one label or number of 'a', 'b'"):
-        data.prepare(rows_of(["a"], ["b"]), labels=one)
+        data.prepare(rows, rows_of(["a"], ["b"]), labels=one)
     plain = [{"text": "anna", "label": "a"}]
     with pytest.raises(UserError, match="model gives any number of labels a text, but"):
         data.prepare(plain, labels=several)
