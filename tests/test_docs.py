@@ -149,8 +149,8 @@ def test_documented_meanings_name_every_choice() -> None:
             checked += 1
             assert f"`{choice}`" in " ".join(documented[key]), f"{key} does not mention {choice}"
     # precision, cluster.kind, save_dtype, lr_scheduler_type, class_weights, eval_strategy,
-    # start_method, show_output, offload
-    assert checked == 4 + 4 + 3 + 3 + 1 + 3 + 2 + 3 + 2
+    # start_method, show_output, offload, packing, long_samples
+    assert checked == 4 + 4 + 3 + 3 + 1 + 3 + 2 + 3 + 2 + 3 + 3
 
 
 def _choices(hint: Any) -> Iterator[Any]:

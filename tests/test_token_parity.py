@@ -20,6 +20,7 @@ from ftlaunch.strategies.token_evaluation import TokenEvaluator
 from ftlaunch.strategies.torch.ddp import create
 from tests import tiny, token_cases
 from tests.ranks import run_ranks
+from tests.token_cases import TokenRows
 from tests.token_label_cases import LABEL_CASES
 
 CASES = {**token_cases.CASES, **LABEL_CASES}
@@ -206,3 +207,37 @@ def _load_encoder(world, listen_fd, folder):
 
 def test_an_encoder_is_no_causal_model(tmp_path):
     run_ranks(1, _load_encoder, tiny.write_config(tmp_path / "bert", "bert"))
+
+
+# -- completions --------------------------------------------------------------------------------
+
+
+def _completion_loss(world, listen_fd, folder):
+    """(loss of two rows in one step, the same by hand)"""
+    case = CASES["causal-lm-llama"]
+    strategy = create(case.request(world, None, folder))
+    prompts, completions = ([5, 6, 7], [8]), ([9, 10], [11, 12, 13, 14])
+    rows = [[*prompt, *rest] for prompt, rest in zip(prompts, completions, strict=True)]
+    # The place of each prompt's last token is the first that predicts a completion's.
+    labels = [[-100, -100, 9, 10, -100], [11, 12, 13, 14, -100]]
+    table = TokenRows(
+        [np.array(row, dtype=np.int32) for row in rows],
+        [np.array(row, dtype=np.int32) for row in labels],
+    )
+    collator = case.collator(table)
+    batch = collator.batch(np.arange(2), seed=1)
+    strategy.accumulate(batch, collator.total_items(np.arange(2)), last=True)
+    found = strategy.apply(0.0, stop=False, saving=0.0).loss
+    total = 0.0
+    with torch.no_grad():
+        for prompt, rest in zip(prompts, completions, strict=True):
+            logits = strategy.model(input_ids=torch.tensor([[*prompt, *rest]])).logits[0].double()
+            for number, token in enumerate(rest):
+                scores = logits[len(prompt) + number - 1].numpy()
+                total += np.log(np.exp(scores).sum()) - scores[token]
+    return found, total / 6
+
+
+def test_the_loss_of_completions_is_that_by_hand(folders):
+    found, expected = run_ranks(1, _completion_loss, folders["causal-lm-llama"])[0]
+    assert abs(found / expected - 1) < 1e-6

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ftlaunch.strategies.base import Batch, TokenScores
 from ftlaunch.strategies.data.tasks import UNSUPERVISED
 from ftlaunch.strategies.torch.chunked_loss import score_rows
-from ftlaunch.strategies.torch.output_head import OutputHead
+from ftlaunch.strategies.torch.output_head import ChosenTokens, OutputHead
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LossSum = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -34,19 +34,33 @@ class Forward:
     def loss_sum(self, model: Any, batch: Batch) -> torch.Tensor:
         """The weighted sum over the rows of the micro-batch, fp32."""
         torch.manual_seed(batch.seed)
-        labels = torch.from_numpy(batch.labels).to(self.device, non_blocking=True)
-        weights = torch.from_numpy(batch.weights).to(self.device, non_blocking=True)
         if self.head is not None:
-            found = self.head.loss_sum(lambda: self.logits(model, batch), labels, weights)
+            chosen, weights = self._choose(batch, batch.weights != 0)
+            found = self.head.loss_sum(lambda: self.logits(model, batch), chosen, weights)
             if found is not None:
                 return found
             torch.manual_seed(batch.seed)
-        return self.loss(self.logits(model, batch), labels, weights)
+        logits = self.logits(model, batch)
+        return self.loss(logits, self._moved(batch.labels), self._moved(batch.weights))
+
+    def _choose(self, batch: Batch, which: NDArray[np.bool_]) -> tuple[ChosenTokens, torch.Tensor]:
+        """The tokens of `which`, (rows, length), and their weights. Chosen here: a device that has to
+        say how many there are makes everyone wait.
+        """
+        positions = np.flatnonzero(which)
+        chosen = ChosenTokens(
+            positions=self._moved(positions),
+            labels=self._moved(batch.labels.reshape(-1)[positions]),
+            num_tokens=batch.labels.size,
+        )
+        return chosen, self._moved(batch.weights.reshape(-1)[positions])
+
+    def _moved(self, values: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
 
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         inputs: dict[str, Any] = {
-            name: torch.from_numpy(values).to(self.device, non_blocking=True)
-            for name, values in batch.inputs.items()
+            name: self._moved(values) for name, values in batch.inputs.items()
         }
         if "position_ids" in inputs:
             # Borders of samples are looked for only where there is no cache to be filled.
@@ -73,18 +87,18 @@ class Forward:
     def score(self, model: Any, batch: Batch) -> TokenScores:
         """Loss and winner of each token that has a label."""
         self.set_training(model, False)
-        labels = torch.from_numpy(batch.labels).to(self.device)
-        chosen = (labels.flatten() != UNSUPERVISED).nonzero().squeeze(1)
+        real = batch.labels != UNSUPERVISED
+        chosen, _ = self._choose(batch, real)
         found: torch.Tensor | None = None
         with torch.no_grad():
             if self.head is not None:
-                found = self.head.scores(lambda: self.logits(model, batch), labels, chosen)
+                found = self.head.scores(lambda: self.logits(model, batch), chosen)
             if found is None:
                 logits = self.logits(model, batch).flatten(0, 1)
-                found = score_rows(logits[chosen], labels.flatten()[chosen])
-        scores = torch.zeros((2, labels.numel()), dtype=torch.float32, device=self.device)
-        scores[:, chosen] = found
-        losses, winners = scores.view(2, *labels.shape).cpu().numpy()
+                found = score_rows(logits[chosen.positions], chosen.labels)
+        scores = np.zeros((2, batch.labels.size), dtype=np.float32)
+        scores[:, np.flatnonzero(real)] = found.cpu().numpy()
+        losses, winners = scores.reshape(2, *batch.labels.shape)
         return TokenScores(losses=losses, winners=winners.astype(np.int64))
 
     @staticmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,14 +20,26 @@ from ftlaunch.strategies.torch.chunked_loss import HeadLoss, score_head
 _Instead = Callable[[torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenTokens:
+    """The tokens of a batch that have a label.
+
+    positions   (chosen,) in the flat batch of `num_tokens`
+    labels      (chosen,)
+    """
+
+    positions: torch.Tensor
+    labels: torch.Tensor
+    num_tokens: int
+
+
 class OutputHead:
     """Stands in the place of the head's `forward`. None of its weights change their name or place."""
 
     def __init__(self, model: Any) -> None:
         self._layer: Any = model.get_output_embeddings()
         self._instead: _Instead | None = None
-        self._positions: torch.Tensor | None = None
-        self._num_tokens = 0
+        self._chosen: ChosenTokens | None = None
         self._given: torch.Tensor | None = None
         # Unknown until the first pass.
         self._fits: bool | None = None if type(self._layer) is torch.nn.Linear else False
@@ -35,52 +48,42 @@ class OutputHead:
             self._layer.forward = self._forward
 
     def loss_sum(
-        self,
-        run: Callable[[], torch.Tensor],
-        labels: torch.Tensor,
-        weights: torch.Tensor,
+        self, run: Callable[[], torch.Tensor], chosen: ChosenTokens, weights: torch.Tensor
     ) -> torch.Tensor | None:
         """The sum over tokens of weight times loss, fp32; None for a model that has to give logits.
 
         run       a pass of the model, which gives what it calls its logits
-        labels    (rows, length), anything where the weight is 0
-        weights   (rows, length)
+        weights   (chosen,)
         """
         if self._fits is False:
             return None
-        chosen = weights.flatten().nonzero().squeeze(1)
-        wanted, of_each = labels.flatten()[chosen], weights.flatten()[chosen]
 
         def instead(hidden: torch.Tensor) -> torch.Tensor:
             weight, bias = self._layer.weight, self._layer.bias
             loss: torch.Tensor = HeadLoss.apply(  # type: ignore[no-untyped-call]
-                hidden, weight, bias, wanted, of_each, _dtype(weight)
+                hidden, weight, bias, chosen.labels, weights, _dtype(weight)
             )
             return loss
 
-        return self._run(run, instead, chosen, labels.numel())
+        return self._run(run, instead, chosen)
 
-    def scores(
-        self, run: Callable[[], torch.Tensor], labels: torch.Tensor, chosen: torch.Tensor
-    ) -> torch.Tensor | None:
-        """(2, chosen) loss and winner of the tokens at the positions `chosen` in the flat batch."""
+    def scores(self, run: Callable[[], torch.Tensor], chosen: ChosenTokens) -> torch.Tensor | None:
+        """(2, chosen) loss and winner of each; None for a model that has to give logits."""
         if self._fits is False:
             return None
-        wanted = labels.flatten()[chosen]
 
         def instead(hidden: torch.Tensor) -> torch.Tensor:
-            return score_head(hidden, self._layer.weight, self._layer.bias, wanted)
+            return score_head(hidden, self._layer.weight, self._layer.bias, chosen.labels)
 
-        return self._run(run, instead, chosen, labels.numel())
+        return self._run(run, instead, chosen)
 
     def _run(
         self,
         run: Callable[[], torch.Tensor],
         instead: _Instead,
-        positions: torch.Tensor,
-        num_tokens: int,
+        chosen: ChosenTokens,
     ) -> torch.Tensor | None:
-        with self._replaced(instead, positions, num_tokens):
+        with self._replaced(instead, chosen):
             result = run()
             given = self._given
         if self._fits is None:
@@ -89,21 +92,20 @@ class OutputHead:
         return result if self._fits else None
 
     @contextlib.contextmanager
-    def _replaced(
-        self, instead: _Instead, positions: torch.Tensor, num_tokens: int
-    ) -> Iterator[None]:
-        self._instead, self._positions, self._num_tokens = instead, positions, num_tokens
+    def _replaced(self, instead: _Instead, chosen: ChosenTokens) -> Iterator[None]:
+        self._instead, self._chosen = instead, chosen
         try:
             yield
         finally:
-            self._instead = self._positions = self._given = None
+            self._instead = self._chosen = self._given = None
 
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        if self._instead is None or self._positions is None or len(flat) != self._num_tokens:
+        chosen = self._chosen
+        if self._instead is None or chosen is None or len(flat) != chosen.num_tokens:
             logits: torch.Tensor = self._plain(hidden)
             return logits
-        result = self._instead(flat[self._positions])
+        result = self._instead(flat[chosen.positions])
         if self._fits is None:
             self._given = result.detach().clone()
         return result
