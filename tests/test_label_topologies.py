@@ -216,7 +216,7 @@ def test_a_job_goes_on_in_the_middle_of_an_epoch(folders: Any, tmp_path: Path, t
 
 def _last(messages: list[object]) -> list[dict[str, float]]:
     """The metrics of the last evaluation, and those of the end."""
-    found: list[dict[str, float]] = [m.metrics for m in messages if isinstance(m, Evaluated)][-1:]
+    found = [dict(m.metrics) for m in messages if isinstance(m, Evaluated)][-1:]
     return found + [dict(m.metrics) for m in messages if isinstance(m, Finished)]
 
 
@@ -276,7 +276,7 @@ def _assert_pipeline_agrees(model: Path, task: str, rows: Path, records: list[An
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if task == "text-classification":
-            found = pipeline(task, model=str(model), top_k=None)(text)
+            [found] = pipeline(task, model=str(model), top_k=None)([text])
             scores = {each["label"]: each["score"] for each in found}
             assert scores == pytest.approx(records[0]["scores"], abs=1e-5)
         elif task == "token-classification":

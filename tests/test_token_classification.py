@@ -230,7 +230,7 @@ def test_a_tokenizer_that_knows_no_places() -> None:
         is_fast = False
 
     with pytest.raises(UserError, match=r"Slow, which does not tell where"):
-        TASK.fit_tokenizer(SPEC, Slow(), DataOptions())  # type: ignore[arg-type]
+        TASK.fit_tokenizer(SPEC, Slow(), DataOptions())
 
 
 # -- a trained model's own tags -----------------------------------------------------------------
