@@ -116,8 +116,9 @@ def test_it_goes_on_under_another_strategy_on_more_ranks(inputs, trained, tmp_pa
 
 def test_an_evaluation_alone_tells_of_each_sample(inputs, trained):
     out, _ = trained
-    model, data = inputs
-    result = ftlaunch("eval", out, "--dataset", data, "--nodes", "3", timeout=300)
+    _, data = inputs
+    command = ("eval", out, "--dataset", data, "--nodes", "3", "--precision", "fp32")
+    result = ftlaunch(*command, timeout=400)
     assert result.returncode == 0, said(result)
     lines = read_lines(out / "eval" / "predictions.jsonl")
     # Rows 3 and 10 have nothing to be learned.
@@ -128,7 +129,6 @@ def test_an_evaluation_alone_tells_of_each_sample(inputs, trained):
     assert found["loss"] == pytest.approx(mean)
     assert found["loss"] == pytest.approx(trained_eval["loss"], rel=1e-5)
     assert found["token_accuracy"] == pytest.approx(trained_eval["token_accuracy"])
-    del model
 
 
 def test_what_is_refused_before_anything_starts(inputs, tmp_path):
