@@ -229,7 +229,7 @@ def _add_shared_flags(
         add("--hostfile", metavar="FILE", help="hosts to use over ssh")
     add("--strategy", metavar="NAME", help="ddp, zero1, zero2 or zero3 (default: ddp)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the computation")
-    add("--task", metavar="NAME", help="what is learned: text-classification or causal-lm")
+    add("--task", metavar="NAME", help="what is learned: text-classification, causal-lm, …")
     if model:
         add("--model", metavar="DIR_OR_HUB", help="the pretrained model")
     add("--dataset", metavar="DIR_FILE_OR_HUB", help="the data")

@@ -136,9 +136,12 @@ def _what_to_evaluate(target: Path, name: str) -> tuple[str, dict[str, Any]]:
         "task": options.task,
         "data.text_columns": options.data.text_columns,
         "data.label_column": options.data.label_column,
+        "data.label_columns": options.data.label_columns,
         "data.max_length": options.data.max_length,
         "data.packing": options.data.packing,
         "data.long_samples": options.data.long_samples,
+        "data.mlm_probability": options.data.mlm_probability,
+        "data.whole_word_masking": options.data.whole_word_masking,
         "train.metrics": metrics or None,
     }
     return str(target / "model"), defaults

@@ -55,7 +55,7 @@ def load_metrics(names: Sequence[str], spec: TaskSpec) -> Metrics:
     # A metric of the hub may want arguments that nobody gives: found now, not after an epoch.
     if any(name not in _FORMULAS for name in unique):
         probe = np.eye(spec.num_outputs) if spec.num_outputs > 1 else np.array([[0.0], [1.0]])
-        metrics.compute(probe, np.arange(len(probe)))
+        metrics.compute(probe, probe if spec.problem == "several-labels" else np.arange(len(probe)))
     return metrics
 
 
@@ -66,8 +66,9 @@ def _load(name: str, spec: TaskSpec) -> Any:
     if problem != spec.problem:
         fitting = ", ".join(known for known, (p, _) in _FORMULAS.items() if p == spec.problem)
         raise UserError(
-            f"The metric {name!r} does not fit the task: it is for a {problem}, and the labels in "
-            f"{spec.label_column!r} make a {spec.problem}. Set train.metrics to some of {fitting}."
+            f"The metric {name!r} does not fit the task: it is for {_KINDS[problem]}, and the labels"
+            f"{f' in {spec.label_column!r}' if spec.label_column else ''} make {_KINDS[spec.problem]}. "
+            f"Set train.metrics to some of {fitting}."
         )
     if name == "f1":
         formula = functools.partial(_f1, average="binary" if spec.num_outputs == 2 else "macro")
@@ -78,7 +79,7 @@ def _load(name: str, spec: TaskSpec) -> Any:
 def _load_from_hub(name: str) -> Any:
     try:
         with _quiet():
-            return _import_evaluate().load(name, keep_in_memory=True)
+            return import_evaluate().load(name, keep_in_memory=True)
     except MemoryError:
         raise
     # What a script of the hub raises while it is imported cannot be foreseen.
@@ -125,18 +126,21 @@ def _compute(
 def _metric_class() -> Callable[[str, str, Formula], Any]:
     import datasets
 
-    evaluate: Any = _import_evaluate()
+    evaluate: Any = import_evaluate()
 
     class BuiltinMetric(evaluate.Metric):  # type: ignore[misc]
         """Kept in memory: without that, each instance writes and locks a cache file."""
 
         def __init__(self, name: str, problem: str, formula: Formula) -> None:
-            self._dtype = "int64" if problem == "classification" else "float64"
+            self._dtype = "float64" if problem == "regression" else "int64"
+            self._is_list = problem == "several-labels"
             self._key, self._formula = name, formula
             super().__init__(keep_in_memory=True)
 
         def _info(self) -> Any:
             value = datasets.Value(self._dtype)
+            if self._is_list:
+                value = datasets.Sequence(value)
             return evaluate.MetricInfo(
                 description=self._key,
                 citation="",
@@ -153,7 +157,7 @@ def _metric_class() -> Callable[[str, str, Formula], Any]:
     return BuiltinMetric
 
 
-def _import_evaluate() -> ModuleType:
+def import_evaluate() -> ModuleType:
     """The evaluate library without its evaluators.
 
     They import all of transformers.pipelines, and with it torch: 3 of the 4.4 s of CPU time that
@@ -185,6 +189,18 @@ def _f1(predictions: NDArray[Any], references: NDArray[Any], average: str = "bin
     from sklearn.metrics import f1_score
 
     return float(f1_score(references, predictions, average=average, zero_division=0))
+
+
+def _f1_of_outputs(predictions: NDArray[Any], references: NDArray[Any], average: str) -> float:
+    """Of labels that a row may have several of, (rows, outputs) of 0 and 1."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(references, predictions, average=average, zero_division=0))
+
+
+def _subset_accuracy(predictions: NDArray[Any], references: NDArray[Any]) -> float:
+    """Share of the rows whose labels are all right."""
+    return float((predictions == references).all(axis=1).mean())
 
 
 def _matthews(predictions: NDArray[Any], references: NDArray[Any]) -> float:
@@ -226,6 +242,15 @@ _FORMULAS: Mapping[str, tuple[str, Formula]] = {
     "pearson": ("regression", _pearson),
     "spearman": ("regression", _spearman),
     "mse": ("regression", _mse),
+    "f1_micro": ("several-labels", functools.partial(_f1_of_outputs, average="micro")),
+    "f1_macro": ("several-labels", functools.partial(_f1_of_outputs, average="macro")),
+    "subset_accuracy": ("several-labels", _subset_accuracy),
+}
+
+_KINDS = {
+    "classification": "a classification",
+    "regression": "a regression",
+    "several-labels": "texts with several labels",
 }
 
 # Computed here; any other name is a script that evaluate.load finds and runs.

@@ -56,11 +56,17 @@ class DataOptions:
     eval_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
     text_columns: tuple[str, ...] | None = None
     label_column: str | None = None
+    # Of texts with several labels: a column of 0 and 1 for each, instead of one with lists.
+    label_columns: tuple[str, ...] | None = None
     max_length: PositiveInt | None = None
     # Of language models: whole samples side by side, or all texts joined and cut.
     packing: Literal["none", "samples", "concatenate"] = "none"
     # What is done with a sample that is longer than max_length.
     long_samples: Literal["truncate", "drop", "error"] = "truncate"
+    # Of masked language models: the share of tokens that are to be guessed, and whether the tokens of
+    # a word are guessed together.
+    mlm_probability: Annotated[float, Gt(0), Lt(1)] = 0.15
+    whole_word_masking: bool = False
     max_train_samples: PositiveInt | None = None
     max_eval_samples: PositiveInt | None = None
     trust_remote_code: bool = False

@@ -62,6 +62,9 @@ def load_config(request: StrategyRequest) -> Any:
         config.pad_token_id = request.pad_token_id
     if options.dropout is not None:
         set_dropout(config, options.dropout)
+        if request.head == "token-classification":
+            # Such heads of decoder models drop 0.1 where their configuration says nothing.
+            config.classifier_dropout = options.dropout
     _check_tokenizer_fits(config, request)
     return config
 

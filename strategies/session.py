@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from ftlaunch.strategies.checkpoint.agreement import all_or_none
 from ftlaunch.strategies.checkpoint.identity import check_same_job, job_identity
 from ftlaunch.strategies.checkpoint.resuming import newest_manifest
 from ftlaunch.strategies.data.batches import Collator
-from ftlaunch.strategies.data.tasks import ModelLabels, RowTask, load_task
+from ftlaunch.strategies.data.tasks import ModelLabels, ModelProblem, RowTask, load_task
 from ftlaunch.strategies.data.token_batches import TokenCollator
 from ftlaunch.strategies.data.token_cache import Tokens, prepare_tokens
 from ftlaunch.strategies.data.token_samples import TokenSamples
@@ -143,7 +143,7 @@ def evaluate(request: SessionRequest, *, emit: Callable[[Progress], None], stop:
         _tokenizer_source(options),
         seed=options.train.seed,
         model_max_length=max_length_of(config),
-        labels=ModelLabels(problem="classification" if names else "regression", label_names=names),
+        labels=ModelLabels(problem=_problem_of(config, names), label_names=names),
         rank=request.world.rank,
         world_size=request.world.size,
         alive=alive,
@@ -197,6 +197,13 @@ def evaluate(request: SessionRequest, *, emit: Callable[[Progress], None], stop:
     )
     strategy.close()
     return False
+
+
+def _problem_of(config: Mapping[str, Any], names: tuple[str, ...]) -> ModelProblem:
+    """What the outputs of a trained model are, by its config.json."""
+    if names and config.get("problem_type") == "multi_label_classification":
+        return "several-labels"
+    return "classification" if names else "regression"
 
 
 def signs_of_life(emit: Callable[[Progress], None]) -> Callable[[], None]:

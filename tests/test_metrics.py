@@ -163,8 +163,8 @@ def test_a_metric_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_evaluate_comes_without_pipelines() -> None:
     script = (
         "import sys\n"
-        "from ftlaunch.strategies.metrics import _import_evaluate\n"
-        "print(_import_evaluate().Metric.__name__, 'transformers.pipelines' in sys.modules)\n"
+        "from ftlaunch.strategies.metrics import import_evaluate\n"
+        "print(import_evaluate().Metric.__name__, 'transformers.pipelines' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "Metric False\n", done.stderr

@@ -125,6 +125,25 @@ def test_splits_of_a_folder(tmp_path: Path, options: Any, names: Any, expected_e
     assert splits.notes[0].startswith("evaluation: split '")
 
 
+def test_plain_text_is_one_row_a_line(tmp_path: Path, options: Any) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "train.txt").write_bytes("\ufeffone é\r\n\n  three\nlast".encode())
+    (tmp_path / "d" / "test.txt.gz").write_bytes(gzip.compress(b"x\ny\n"))
+    splits = load(options(tmp_path / "d"), seed=1)
+    assert splits.train["text"] == ["one é", "", "  three", "last"]
+    assert splits.eval["text"] == ["x", "y"]
+    (tmp_path / "d" / "train.txt").write_bytes(b"good\nb\xe9d\n")
+    with pytest.raises(UserError, match=r"train.txt cannot be read as text: line 2 is not UTF-8"):
+        load(options(tmp_path / "d"), seed=1)
+
+
+def test_plain_text_beside_other_data_is_no_data(tmp_path: Path, options: Any) -> None:
+    write_jsonl(tmp_path / "d" / "data" / "train.jsonl")
+    (tmp_path / "d" / "train.txt").write_text("a licence")
+    (tmp_path / "d" / "data" / "train.txt").write_text("a licence")
+    assert len(load(options(tmp_path / "d"), seed=1).whole_train) == 20
+
+
 def test_shards_follow_each_other_by_name(tmp_path: Path, options: Any) -> None:
     for i in (2, 0, 1):
         write_jsonl(tmp_path / "d" / f"train-{i}.jsonl", [{"text": str(i), "label": 0}] * 2)

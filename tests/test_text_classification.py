@@ -195,8 +195,8 @@ def test_columns_of_the_wrong_type() -> None:
         inspect(lists)
     with pytest.raises(UserError, match=r"is int64, and it must be string"):
         inspect(make_rows({"text": [1, 2], "label": [0, 1]}))
-    with pytest.raises(UserError, match=r"label column 'label' .* type (list|sequence)"):
-        inspect(make_rows({"text": ["a", "b"], "label": [[0], [1]]}))
+    with pytest.raises(UserError, match=r"label column 'label' .* type dict"):
+        inspect(make_rows({"text": ["a", "b"], "label": [{"x": 0}, {"x": 1}]}))
 
 
 def test_text_that_is_not_utf8() -> None:

@@ -18,10 +18,12 @@ from ftlaunch.strategies.loop import Cursor, train
 from ftlaunch.strategies.schedule import Schedule
 from ftlaunch.strategies.token_evaluation import TokenEvaluator
 from ftlaunch.strategies.torch.ddp import create
-from tests import tiny
+from tests import tiny, token_cases
 from tests.ranks import run_ranks
-from tests.token_cases import CASES, TokenRows
+from tests.token_cases import TokenRows
+from tests.token_label_cases import LABEL_CASES
 
+CASES = {**token_cases.CASES, **LABEL_CASES}
 SAMPLES, GLOBAL_BATCH = 18, 15
 STEPS = 4
 

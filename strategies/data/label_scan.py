@@ -11,6 +11,8 @@ from ftlaunch.cluster.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+Kind = Literal["int", "str", "bool", "float"]
+
 _BATCH_ROWS = 10_000
 _FEW_VALUES = 20
 
@@ -25,7 +27,7 @@ class Labels:
     few_whole_numbers  the distinct values of "float" when all are whole and they are few, else ()
     """
 
-    kind: Literal["int", "str", "bool", "float"]
+    kind: Kind
     values: frozenset[Any]
     class_names: tuple[str, ...] | None = None
     few_whole_numbers: tuple[float, ...] = ()
@@ -45,11 +47,11 @@ def check_texts(rows: Dataset, column: str, part: str) -> None:
     if dtype not in {"string", "large_string", "null"}:
         raise UserError(
             f"The text column {column!r} of the {part} data is not text: its type is "
-            f"{_type_name(feature)}, and it must be string. Convert it, or choose another column "
+            f"{type_name(feature)}, and it must be string. Convert it, or choose another column "
             "with data.text_columns."
         )
-    _refuse_nulls(rows, column, part, "text", "An empty text is allowed, a missing one is not")
-    _refuse_bad_utf8(rows, column, part)
+    refuse_nulls(rows, column, part, "text", "An empty text is allowed, a missing one is not")
+    refuse_bad_utf8(rows, column, part)
 
 
 def scan_labels(rows: Dataset, column: str, part: str, whole: Dataset | None = None) -> Labels:
@@ -58,31 +60,32 @@ def scan_labels(rows: Dataset, column: str, part: str, whole: Dataset | None = N
     whole  what `rows` were drawn from: its values count too, whether complete or not
     """
     feature = rows.features[column]
-    kind = _kind(feature)
+    kind = kind_of(feature)
     dtype = getattr(feature, "dtype", None)
     if kind is None and dtype != "null":
         raise UserError(
-            f"The label column {column!r} of the {part} data has the type {_type_name(feature)}: a "
+            f"The label column {column!r} of the {part} data has the type {type_name(feature)}: a "
             "label must be one string, whole number, truth value or floating-point number of a "
             "single kind. Convert it, or choose another with data.label_column."
         )
-    _refuse_nulls(rows, column, part, "label", "Every row needs a label")
+    refuse_nulls(rows, column, part, "label", "Every row needs a label")
     assert kind is not None
     if kind == "float":
         return _scan_floats(rows, column, part)
     if kind == "str":
-        _refuse_bad_utf8(rows, column, part)
+        refuse_bad_utf8(rows, column, part)
     names = getattr(feature, "names", None)
     values = frozenset(_distinct(rows, column))
     if names is not None:
         _check_ids(rows, column, part, values, len(names))
     if whole is not None:
-        _refuse_bad_utf8(whole, column, part)
+        refuse_bad_utf8(whole, column, part)
         values |= _distinct(whole, column) - {None}
     return Labels(kind=kind, values=values, class_names=tuple(names) if names else None)
 
 
-def _kind(feature: object) -> Literal["int", "str", "bool", "float"] | None:
+def kind_of(feature: object) -> Kind | None:
+    """What values of a column's type are; None for what is no single value of these kinds."""
     # Sequences have no dtype of their own or one that starts with "list".
     dtype = str(getattr(feature, "dtype", ""))
     if dtype in {"string", "large_string"}:
@@ -94,23 +97,25 @@ def _kind(feature: object) -> Literal["int", "str", "bool", "float"] | None:
     return "float" if dtype in {"float16", "float32", "float64"} else None
 
 
-def _type_name(feature: object) -> str:
+def type_name(feature: object) -> str:
+    """How a column's type is called in a message."""
     name = type(feature).__name__
     if name == "Json":
         return "mixed (values of several types)"
     return str(getattr(feature, "dtype", name)) if name == "Value" else name.lower()
 
 
-def _batches(rows: Dataset, column: str) -> Iterator[tuple[int, Any]]:
+def batches(rows: Dataset, column: str) -> Iterator[tuple[int, Any]]:
     """(number of the first row, pyarrow.ChunkedArray)."""
     arrow = rows.select_columns([column]).with_format("arrow")
     for start, table in enumerate(arrow.iter(batch_size=_BATCH_ROWS)):
         yield start * _BATCH_ROWS, table.column(0)
 
 
-def _refuse_nulls(rows: Dataset, column: str, part: str, what: str, rule: str) -> None:
+def refuse_nulls(rows: Dataset, column: str, part: str, what: str, rule: str) -> None:
+    """UserError unless every row has a value."""
     count, first = 0, -1
-    for start, values in _batches(rows, column):
+    for start, values in batches(rows, column):
         if values.null_count:
             if count == 0:
                 first = start + values.is_null().to_pylist().index(True)
@@ -123,11 +128,14 @@ def _refuse_nulls(rows: Dataset, column: str, part: str, what: str, rule: str) -
         )
 
 
-def _refuse_bad_utf8(rows: Dataset, column: str, part: str) -> None:
-    """Arrow's readers take strings as they come, and fail when one is first looked at."""
+def refuse_bad_utf8(rows: Dataset, column: str, part: str) -> None:
+    """UserError unless all strings are UTF-8, those in lists too.
+
+    Arrow's readers take strings as they come, and fail when one is first looked at.
+    """
     import pyarrow
 
-    for start, values in _batches(rows, column):
+    for start, values in batches(rows, column):
         try:
             values.validate(full=True)
         except pyarrow.ArrowInvalid:
@@ -155,7 +163,7 @@ def row_name(rows: Dataset, index: int) -> str:
 
 def _distinct(rows: Dataset, column: str) -> set[Any]:
     found: set[Any] = set()
-    for _, values in _batches(rows, column):
+    for _, values in batches(rows, column):
         found.update(values.unique().to_pylist())
     return found
 
@@ -169,7 +177,7 @@ def _check_ids(
         return
     first = next(
         start + index
-        for start, batch in _batches(rows, column)
+        for start, batch in batches(rows, column)
         for index, value in enumerate(batch.to_pylist())
         if value in wrong
     )
@@ -185,7 +193,7 @@ def _scan_floats(rows: Dataset, column: str, part: str) -> Labels:
 
     found: set[float] = set()
     whole = True
-    for start, batch in _batches(rows, column):
+    for start, batch in batches(rows, column):
         values = batch.to_numpy().astype(np.float64)
         if not np.isfinite(values).all():
             bad = int(np.flatnonzero(~np.isfinite(values))[0])

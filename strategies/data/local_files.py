@@ -20,8 +20,9 @@ _FORMATS: Mapping[str, tuple[str, str | None]] = {
     ".jsonl": ("json", None),
     ".parquet": ("parquet", None),
     ".arrow": ("arrow", None),
+    ".txt": ("text", None),
 }
-_GZIPPED = (".csv.gz", ".tsv.gz", ".json.gz", ".jsonl.gz")
+_GZIPPED = (".csv.gz", ".tsv.gz", ".json.gz", ".jsonl.gz", ".txt.gz")
 KNOWN_SUFFIXES = (*_FORMATS, *_GZIPPED)
 
 _CANONICAL_NAMES = {
@@ -173,10 +174,13 @@ def _find_in_folder(folder: Path) -> LocalData:
         return _find_saved_splits(folder)
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return _saved(folder, {"train": folder})
-    splits = _split_files(folder)
-    # The layout of repositories on the hub.
-    if not splits and (folder / "data").is_dir():
-        splits = _split_files(folder / "data")
+    splits: dict[str, tuple[Path, ...]] = {}
+    # Plain text counts where there is nothing else: beside other data it is a README or a licence.
+    for plain_text in (False, True):
+        # The second is the layout of repositories on the hub.
+        for place in (folder, folder / "data"):
+            if not splits and place.is_dir():
+                splits = _split_files(place, plain_text=plain_text)
     if not splits:
         found = list_names(sorted(entry.name for entry in folder.iterdir()))
         raise UserError(
@@ -187,20 +191,25 @@ def _find_in_folder(folder: Path) -> LocalData:
     return LocalData(path=folder, kind="files", splits=splits, folders={})
 
 
-def _split_files(folder: Path) -> dict[str, tuple[Path, ...]]:
+def _split_files(folder: Path, *, plain_text: bool) -> dict[str, tuple[Path, ...]]:
     """Files by split: from the file's name, for files of a sub-folder from the sub-folder's."""
     splits: dict[str, list[Path]] = {}
+
+    def wanted(file: Path) -> bool:
+        found = _format(file)
+        return found is not None and (found[0] == "text") is plain_text
+
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
             name = canonical_split(entry.name)
-            files = sorted(f for f in entry.rglob("*") if f.is_file() and _format(f))
+            files = sorted(f for f in entry.rglob("*") if f.is_file() and wanted(f))
             files = [f for f in files if not f.name.startswith(".")]
         else:
             stem = entry.name[: len(entry.name) - len(suffix_of(entry))]
             name = canonical_split(stem) or stem
-            files = [entry] if _format(entry) else []
+            files = [entry] if wanted(entry) else []
         if name and files:
             splits.setdefault(name, []).extend(files)
     return {name: tuple(files) for name, files in splits.items()}

@@ -81,7 +81,7 @@ def _read_files(files: tuple[Path, ...], cache: Path, content: str) -> Dataset |
                 data_files={"train": _link(files, folder / "source")},
                 split="train",
                 cache_dir=str(folder),
-                **_builder_options(separator),
+                **_builder_options(builder, separator),
             )
     except UserError:
         raise
@@ -95,7 +95,10 @@ def _read_files(files: tuple[Path, ...], cache: Path, content: str) -> Dataset |
         raise _explain(files, builder, separator, error) from error
 
 
-def _builder_options(separator: str | None) -> dict[str, Any]:
+def _builder_options(builder: str, separator: str | None) -> dict[str, Any]:
+    if builder == "text":
+        # Without a mark of the byte order in the first line.
+        return {"encoding": "utf-8-sig"}
     if separator is None:
         return {}
     # pandas would take the words "None", "NA" and "null" for missing text.
@@ -156,6 +159,8 @@ def _diagnose(file: Path, builder: str, separator: str | None) -> str | None:
             return _diagnose_json(file)
         if builder == "csv":
             return _diagnose_csv(file, separator)
+        if builder == "text":
+            return _diagnose_text(file)
         return _diagnose_binary(file, builder)
     except UnicodeDecodeError:
         return _diagnose_encoding(file)
@@ -215,6 +220,14 @@ def _diagnose_csv(file: Path, separator: str | None) -> str | None:
             # pandas counts records from 0, the header included.
             return f"the quote opened in line {int(match[1]) + 1} is never closed"
         return _reason(error)
+    return None
+
+
+def _diagnose_text(file: Path) -> str | None:
+    """Reads it: all that can be wrong is raised."""
+    with _open_text(file) as stream:
+        for _ in stream:
+            pass
     return None
 
 

@@ -28,15 +28,21 @@ if TYPE_CHECKING:
 TASKS: dict[str, str] = {
     "text-classification": "ftlaunch.strategies.data.text_classification:TextClassification",
     "causal-lm": "ftlaunch.strategies.data.causal_lm:CausalLm",
+    "masked-lm": "ftlaunch.strategies.data.masked_lm:MaskedLm",
+    "token-classification": "ftlaunch.strategies.data.token_classification:TokenClassification",
 }
 # Keys of the data section that mean something to some tasks only.
 OWN_KEYS: dict[str, tuple[str, ...]] = {
+    "label_columns": ("text-classification",),
     "packing": ("causal-lm",),
-    "long_samples": ("causal-lm",),
+    "long_samples": ("causal-lm", "masked-lm", "token-classification"),
+    "mlm_probability": ("masked-lm",),
+    "whole_word_masking": ("masked-lm",),
 }
 
 
 Problem = Literal["classification", "regression", "several-labels", "tokens"]
+ModelProblem = Literal["classification", "regression", "several-labels"]
 Head = Literal["sequence-classification", "token-classification", "causal-lm", "masked-lm"]
 Loss = Literal["cross_entropy", "mse", "binary_cross_entropy", "token_cross_entropy"]
 
@@ -131,7 +137,7 @@ class TaskSpec:
 class ModelLabels:
     """What a trained model's outputs mean; label_names in the order of their ids, () for numbers."""
 
-    problem: Literal["classification", "regression"]
+    problem: ModelProblem
     label_names: tuple[str, ...]
 
 

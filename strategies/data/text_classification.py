@@ -2,69 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ftlaunch.cluster.errors import UserError
-from ftlaunch.strategies.data.label_scan import Labels, check_texts, scan_labels
+from ftlaunch.strategies.data.label_scan import Labels, scan_labels
 from ftlaunch.strategies.data.local_files import list_names
+from ftlaunch.strategies.data.several_labels import (
+    binary_losses,
+    check_enough,
+    encode_several,
+    for_model,
+    has_several,
+    scan_several,
+    several_predictions,
+)
 from ftlaunch.strategies.data.tasks import Encoded, ModelLabels, TaskSpec
+from ftlaunch.strategies.data.text_columns import check_columns, find_columns
 from ftlaunch.strategies.options import DataOptions
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from ftlaunch.strategies.data.sources import Splits
 
-# The first entry whose columns all exist wins.
-_TEXT_COLUMNS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question", "sentence"),
-    ("question1", "question2"),
-    ("question", "context"),
-    ("text_a", "text_b"),
-    ("query", "passage"),
-    ("title", "content"),
-    ("title", "text"),
-    ("title", "body"),
-    ("text",),
-    ("sentence",),
-    ("review",),
-    ("content",),
-    ("document",),
-    ("tweet",),
-    ("comment",),
-)
-_LABEL_COLUMNS = (
-    "label",
-    "labels",
-    "target",
-    "class",
-    "category",
-    "stars",
-    "score",
-    "sentiment",
-)
-
 
 class TextClassification:
-    """`Task` for single-label classification and regression over one text or a pair."""
+    """`RowTask` for classes, several labels and regression over one text or a pair."""
 
     def inspect(self, splits: Splits, options: DataOptions) -> TaskSpec:
         """See `Task.inspect`."""
-        text_columns, label_column, notes = _find_columns(splits.train, options)
+        text_columns, label_column, notes = find_columns(splits.train, options)
         parts = {"training": splits.train}
         if splits.eval is not None:
             parts["evaluation"] = splits.eval
         for part, rows in parts.items():
-            _require_columns(rows, (*text_columns, label_column), part)
-            for column in text_columns:
-                check_texts(rows, column, part)
+            check_columns(rows, text_columns, label_column, part)
+        if has_several(splits.train, label_column, options):
+            several = scan_several(parts, label_column, options, splits.whole_train)
+            check_enough(several, label_column)
+            return several.spec(text_columns, label_column, notes)
         labels = {
             part: scan_labels(
                 rows, label_column, part, splits.whole_train if part == "training" else None
@@ -77,10 +57,11 @@ class TextClassification:
         self, splits: Splits, options: DataOptions, labels: ModelLabels
     ) -> TaskSpec:
         """See `Task.inspect_for_model`."""
-        text_columns, label_column, notes = _find_columns(splits.train, options)
-        _require_columns(splits.train, (*text_columns, label_column), "evaluation")
-        for column in text_columns:
-            check_texts(splits.train, column, "evaluation")
+        text_columns, label_column, notes = find_columns(splits.train, options)
+        check_columns(splits.train, text_columns, label_column, "evaluation")
+        if has_several(splits.train, label_column, options):
+            several = scan_several({"evaluation": splits.train}, label_column, options, None)
+            return for_model(several, label_column, labels).spec(text_columns, label_column, notes)
         found = scan_labels(splits.train, label_column, "evaluation", None)
         return TaskSpec(
             task="text-classification",
@@ -96,7 +77,7 @@ class TextClassification:
 
     def cache_key(self, options: DataOptions) -> Mapping[str, Any]:
         """See `Task.cache_key`."""
-        return {}
+        return {"label_columns": options.label_columns} if options.label_columns else {}
 
     def fit_tokenizer(
         self, spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, options: DataOptions
@@ -128,7 +109,7 @@ class TextClassification:
         return Encoded(
             input_ids=encoded["input_ids"],
             token_type_ids=encoded["token_type_ids"] if wants_types else None,
-            labels=_encode_labels(rows[spec.label_column], spec),
+            labels=_encode_labels(rows, spec),
             num_truncated=len(long),
         )
 
@@ -136,15 +117,21 @@ class TextClassification:
         """See `Task.default_metrics`."""
         if spec.problem == "classification":
             return ("accuracy", "f1")
+        if spec.problem == "several-labels":
+            return ("f1_micro", "f1_macro", "subset_accuracy")
         return ("pearson", "spearman", "mse")
 
     def evaluation_loss(
         self, logits: NDArray[Any], labels: NDArray[Any], weights: NDArray[Any], spec: TaskSpec
     ) -> tuple[float, float]:
-        """See `RowTask.evaluation_loss`: -log softmax(logits)[label], or (logit - label)^2."""
+        """See `RowTask.evaluation_loss`: -log softmax(logits)[label], (logit - label)^2, or for each
+        output -log of the probability of its label.
+        """
         scores, weights = logits.astype(np.float64), weights.astype(np.float64)
         if spec.loss == "mse":
             losses = (scores[:, 0] - labels.astype(np.float64)) ** 2
+        elif spec.loss == "binary_cross_entropy":
+            losses = binary_losses(scores, labels.astype(np.float64))
         else:
             rows = np.arange(len(scores))
             losses = _log_sum_exp(scores) - scores[rows, labels.astype(np.int64)]
@@ -153,10 +140,12 @@ class TextClassification:
         return float(losses[kept] @ weights[kept]), float(weights.sum())
 
     def predictions(self, logits: NDArray[Any], spec: TaskSpec) -> list[dict[str, Any]]:
-        """See `RowTask.predictions`: label, label_id and scores by label; or value."""
+        """See `RowTask.predictions`: label, label_id and scores by label; labels and scores; or value."""
         scores = logits.astype(np.float64)
         if spec.problem == "regression":
             return [{"value": float(row[0])} for row in scores]
+        if spec.problem == "several-labels":
+            return several_predictions(scores, spec)
         probabilities = np.exp(scores - _log_sum_exp(scores)[:, None])
         return [
             {
@@ -168,26 +157,15 @@ class TextClassification:
         ]
 
 
-def _find_columns(rows: Dataset, options: DataOptions) -> tuple[tuple[str, ...], str, list[str]]:
-    """(text columns, label column, a note if either was guessed)."""
-    label_column = _find_label_column(rows, options)
-    text_columns = _find_text_columns(rows, options, label_column)
-    if options.text_columns is not None and options.label_column is not None:
-        return text_columns, label_column, []
-    texts = " + ".join(f"'{column}'" for column in text_columns)
-    return (
-        text_columns,
-        label_column,
-        [
-            f"columns: text = {texts}, label = '{label_column}' "
-            "(guessed; set data.text_columns and data.label_column to choose)"
-        ],
-    )
-
-
 def _holds_ids(label_column: str, found: Labels, labels: ModelLabels) -> bool:
     """Whether the column holds the model's label ids rather than names. UserError if neither."""
     names = labels.label_names
+    if labels.problem == "several-labels":
+        raise UserError(
+            f"The model gives any number of labels a text, but the label column {label_column!r} holds "
+            f"{found.describe()}. Set data.label_column to a column of lists, or data.label_columns to "
+            "columns of 0 and 1."
+        )
     if labels.problem == "regression":
         if found.class_names is None and found.kind in ("float", "int"):
             return False
@@ -213,60 +191,6 @@ def _holds_ids(label_column: str, found: Labels, labels: ModelLabels) -> bool:
         f"model {list_names(names)}, in that order. Evaluate with data that is labelled alike, or "
         "set data.label_column."
     )
-
-
-def _find_label_column(rows: Dataset, options: DataOptions) -> str:
-    if options.label_column is not None:
-        _require_columns(rows, (options.label_column,), "training", "data.label_column")
-        return options.label_column
-    for name in _LABEL_COLUMNS:
-        if name in rows.column_names and name not in (options.text_columns or ()):
-            return name
-    raise UserError(
-        f"No label column was recognised among the columns {list_names(rows.column_names)}: "
-        f"it must be named {', '.join(_LABEL_COLUMNS)}, or be chosen. Set data.label_column."
-    )
-
-
-def _find_text_columns(rows: Dataset, options: DataOptions, label_column: str) -> tuple[str, ...]:
-    if options.text_columns is not None:
-        wanted = options.text_columns
-        if not 1 <= len(wanted) <= 2 or label_column in wanted:
-            raise UserError(
-                f"The text columns {list_names(wanted)} do not fit the label column "
-                f"{label_column!r}: one or two columns other than the label are needed. "
-                "Set data.text_columns."
-            )
-        _require_columns(rows, wanted, "training", "data.text_columns")
-        return wanted
-    existing = set(rows.column_names) - {label_column}
-    for candidate in _TEXT_COLUMNS:
-        if existing.issuperset(candidate):
-            return candidate
-    strings = [name for name in rows.column_names if name in existing and _is_string(rows, name)]
-    if len(strings) == 1:
-        return (strings[0],)
-    raise UserError(
-        f"No text column was recognised among the columns {list_names(rows.column_names)}: it "
-        "must have a customary name such as 'text' or be the only one of strings (found "
-        f"{len(strings)}). Set data.text_columns, for example data.text_columns=[title,body]."
-    )
-
-
-def _is_string(rows: Dataset, column: str) -> bool:
-    return getattr(rows.features[column], "dtype", None) in {"string", "large_string"}
-
-
-def _require_columns(
-    rows: Dataset, columns: Sequence[str], part: str, key: str = "data.text_columns"
-) -> None:
-    for column in columns:
-        if column not in rows.column_names:
-            raise UserError(
-                f"There is no column {column!r} in the {part} data: it has the columns "
-                f"{list_names(rows.column_names)}. Set {key} to columns that exist in the training "
-                "and the evaluation data."
-            )
 
 
 def _make_spec(
@@ -365,7 +289,10 @@ def _fill_empty_rows(
                 encoded["token_type_ids"][i] = [0]
 
 
-def _encode_labels(values: Iterable[Any], spec: TaskSpec) -> NDArray[Any]:
+def _encode_labels(rows: Mapping[str, Any], spec: TaskSpec) -> NDArray[Any]:
+    if spec.problem == "several-labels":
+        return encode_several(rows, spec)
+    values = rows[spec.label_column]
     if spec.problem == "regression":
         return np.array(values, dtype=np.float32)
     if spec.labels_are_ids:
