@@ -106,7 +106,7 @@ def only_submission(output_dir: Path) -> Iterator[Path]:
             if (folder / _JOB).exists():
                 _remove(folder / _ASIDE)
             else:
-                withdraw(folder, was_there=True)
+                _put_back(folder)
         yield folder
 
 
@@ -190,19 +190,8 @@ def withdraw(folder: Path, *, was_there: bool) -> None:
 
     was_there   the output folder has been used before
     """
-    aside = folder / _ASIDE
-    for path in folder.iterdir():
-        if path.name not in (_LOCK, _RUNS, _ASIDE):
-            _remove(path)
+    _put_back(folder)
     output_dir = folder.parent
-    output = aside / _OUTPUT
-    for path in output.iterdir() if output.is_dir() else ():
-        _remove(output_dir / path.name)
-        path.rename(output_dir / path.name)
-    _remove(output)
-    for path in aside.iterdir() if aside.is_dir() else ():
-        path.rename(folder / path.name)
-    _remove(aside)
     if not (folder / _CONFIG).exists():
         _remove(folder)
     if not was_there:
@@ -210,6 +199,22 @@ def withdraw(folder: Path, *, was_there: bool) -> None:
             (output_dir / "logs").rmdir()
             (output_dir / ".ftlaunch").unlink()
             output_dir.rmdir()
+
+
+def _put_back(folder: Path) -> None:
+    """What stepped aside is in its place again, and what took that is gone."""
+    aside = folder / _ASIDE
+    for path in folder.iterdir():
+        if path.name not in (_LOCK, _RUNS, _ASIDE):
+            _remove(path)
+    output = aside / _OUTPUT
+    for path in output.iterdir() if output.is_dir() else ():
+        _remove(folder.parent / path.name)
+        path.rename(folder.parent / path.name)
+    _remove(output)
+    for path in aside.iterdir() if aside.is_dir() else ():
+        path.rename(folder / path.name)
+    _remove(aside)
 
 
 # -- runs ---------------------------------------------------------------------------------------

@@ -349,6 +349,9 @@ def test_what_is_overwritten_stays_until_slurm_has_the_job(tmp_path):
 
 
 def test_a_submission_that_was_killed_in_the_middle_is_undone(tmp_path):
+    with submission.only_submission(tmp_path) as folder:
+        submission.seal(folder, sealed_of("train.seed=3"))
+    # There was nothing before it.
     used_folder(tmp_path)
     with submission.only_submission(tmp_path) as folder:
         submission.seal(folder, sealed_of("train.seed=2"))
