@@ -78,6 +78,8 @@ _STACK_SECONDS = 1.0
 _REACH_SECONDS = 1.0
 # With so much unsent the ranks have to wait: nothing piles up here.
 _MAX_UNSENT_BYTES = 1 << 20
+# How soon what the fork server's socket did not take is tried again.
+_FLUSH_SECONDS = 0.01
 
 
 class Agent:
@@ -167,12 +169,16 @@ class Agent:
             times.append(self._kill_by - now)
         if (due := self._watch.due_at()) is not None:
             times.append(due - now)
+        if self._link is not None and self._link.has_unsent:
+            times.append(_FLUSH_SECONDS)
         return max(0.0, min(times))
 
     def _look_around(self) -> None:
         """What is due by time."""
         now = time.monotonic()
         self._watch.look()
+        if self._link is not None:
+            self._link.flush()
         self._watch_server(now)
         if self._kill_by is not None and now >= self._kill_by:
             self._kill_by = None
@@ -290,7 +296,8 @@ class Agent:
             return
         if now - self._server_pinged_at > self._heartbeat_seconds / 3:
             self._server_pinged_at = now
-            self._link.send(Ping(time=now))
+            if not self._link.has_unsent:
+                self._link.send(Ping(time=now))
         silent = now - self._server_heard_at > self._heartbeat_seconds
         if silent and self._kill_by is None and not self._server_works():
             print(f"fork server silent for {now - self._server_heard_at:.1f} s", file=sys.stderr)
@@ -405,12 +412,17 @@ class Agent:
         grace = self._link.prepare.grace_seconds
         self._link.send(Kill(at_once=False))
         deadline = time.monotonic() + grace + _KILL_SECONDS
-        try:
-            while time.monotonic() < deadline:
-                event = self._link.receive(max(0.01, deadline - time.monotonic()))
-                if event is None or isinstance(event, Killed):
-                    break
-        except (TimeoutError, ValueError):
+        gone = False
+        while not gone and (left := deadline - time.monotonic()) > 0:
+            self._link.flush()
+            try:
+                event = self._link.receive(_FLUSH_SECONDS if self._link.has_unsent else left)
+            except TimeoutError:
+                continue
+            except ValueError:
+                break
+            gone = event is None or isinstance(event, Killed)
+        if not gone:
             self._end_server()
         self._link.send(Leave())
         self._link.close()

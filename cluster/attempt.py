@@ -165,9 +165,9 @@ class Attempt:
         subject = f"the fork server on {self._node_names[node]} (process {event.pid})"
         ranks = [r for r in sorted(self._running) if self._node_of[r] == node]
         for number, failure in enumerate(self.failures):
-            if failure.cause == "lost" and failure.subject.endswith(f"(process {event.pid})"):
-                how = event.how if event.how != "gone" else failure.title
-                self.failures[number] = replace(failure, title=how)
+            if _is_of_server(failure, event):
+                if event.how != "gone":
+                    self.failures[number] = replace(failure, subject=subject, title=event.how)
                 self._running.difference_update(ranks)
                 return
         if ranks:
@@ -329,6 +329,14 @@ class Attempt:
             stop_signal=self.stop_signal,
             remarks=tuple(self._remarks),
         )
+
+
+def _is_of_server(failure: Failure, event: ServerGone) -> bool:
+    """An agent that only says "gone" shares the server; it may not have learned its process yet."""
+    if failure.cause != "lost" or not failure.subject.startswith("the fork server on "):
+        return False
+    same = failure.subject.endswith(f"(process {event.pid})")
+    return same or "gone" in (failure.title, event.how)
 
 
 def _how(event: Exited) -> str:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 
 from ftlaunch.cluster.errors import JobError
@@ -39,6 +40,9 @@ class ForkLink:
     ) -> None:
         self._socket = connection
         self._process = process
+        # A server that imports reads nothing, and its socket takes little.
+        self._unsent: deque[tuple[bytes, list[int]]] = deque()
+        self._is_gone = False
         self.prepare = prepare
         self.server_pid: int | None = process.pid if process is not None else None
 
@@ -68,11 +72,33 @@ class ForkLink:
         return self._socket.fileno()
 
     def send(self, command: Command, descriptors: Sequence[int] = ()) -> bool:
-        """False when the server is gone."""
-        try:
-            socket.send_fds(self._socket, [encode_command(command)], list(descriptors))
-        except ConnectionError:
+        """Never waits: what the socket does not take now is for `flush`. False: the server is gone."""
+        message = encode_command(command)
+        if not self.flush():
             return False
+        if self._unsent or not self._takes(message, descriptors):
+            self._unsent.append((message, [os.dup(each) for each in descriptors]))
+        return not self._is_gone
+
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self._unsent)
+
+    def flush(self) -> bool:
+        """Hand over what there is room for; False when the server is gone."""
+        while self._unsent and self._takes(*self._unsent[0]):
+            _close_all(self._unsent.popleft()[1])
+        return not self._is_gone
+
+    def _takes(self, message: bytes, descriptors: Sequence[int]) -> bool:
+        """False: there is no room now. What a server that is gone does not get is done with."""
+        self._socket.setblocking(False)
+        try:
+            socket.send_fds(self._socket, [message], list(descriptors))
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            self._is_gone = True
         return True
 
     def receive(self, timeout_seconds: float | None = None) -> Event | None:
@@ -102,7 +128,15 @@ class ForkLink:
                 pass
 
     def close(self) -> None:
+        for _, descriptors in self._unsent:
+            _close_all(descriptors)
+        self._unsent.clear()
         self._socket.close()
+
+
+def _close_all(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _socket_name(prepare: Prepare) -> str:

@@ -25,6 +25,8 @@ _LEAVE_SECONDS = 8.0
 _PINGS = 3
 # How soon what a pipe did not take is tried again.
 _FLUSH_SECONDS = 0.01
+# For agents that have closed their pipes, together, to say how they ended.
+_LAST_WORDS_SECONDS = 1.0
 
 
 class Nodes:
@@ -131,6 +133,7 @@ class Nodes:
         unsent = [node.flush() for node in self._nodes if node.lost is None]
         if any(unsent):
             seconds = min(seconds, _FLUSH_SECONDS)
+        closed: list[int] = []
         for key, _ in self._selector.select(seconds):
             if key.data is None:
                 self.signals.drain()
@@ -140,8 +143,12 @@ class Nodes:
             data = os.read(node.events.fileno(), _READ_BYTES)
             arrived += [(number, event) for event in self._events_in(node, data)]
             if not data:
-                self._lose(number, node.how_it_ended())
-                arrived.append((number, None))
+                closed.append(number)
+        deadline = time.monotonic() + _LAST_WORDS_SECONDS
+        for number in closed:
+            left = max(0.0, deadline - time.monotonic())
+            self._lose(number, self._nodes[number].how_it_ended(left))
+            arrived.append((number, None))
         arrived += [(number, None) for number in self._fallen_silent()]
         return arrived
 

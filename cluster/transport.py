@@ -176,10 +176,10 @@ class Node:
         except BlockingIOError:
             pass
 
-    def how_it_ended(self) -> str:
-        """Of an agent whose pipe was closed, in words."""
+    def how_it_ended(self, seconds: float) -> str:
+        """Of an agent whose pipe was closed, in words, for which it is given some time."""
         try:
-            return exit_in_words(self.process.wait(timeout=1.0))
+            return exit_in_words(self.process.wait(timeout=seconds))
         except subprocess.TimeoutExpired:
             return "its pipe was closed"
 

@@ -54,11 +54,14 @@ def run_attempts(
             first = outcome.verdict.first
             timeline.add(f"failed: {first.subject}: {first.title}")
         timeline.add("every rank is gone")
-        if outcome.verdict is None or coordinator.stop_requested:
+        if outcome.verdict is None:
             return outcome
         restart = decide(outcome.verdict.first)
         if restart is None:
             return outcome
+        if coordinator.stop_requested:
+            # It may have come while the ranks of a failure were being ended.
+            return _stopped(coordinator, outcome)
         on_restart(restart)
         timeline.add(f"restart {policy.restarts}" if not restart.halves_micro_batch else "restart")
         try:
@@ -66,7 +69,7 @@ def run_attempts(
                 timeline.add(f"{len(coordinator.present or ())} nodes take part")
                 reopen()
             if coordinator.stop_requested:
-                return _stopped(coordinator)
+                return _stopped(coordinator, outcome)
             outcome = attempt()
         except (FtlaunchError, OSError) as error:
             return _without_another(outcome, str(error))
@@ -74,12 +77,18 @@ def run_attempts(
             return Outcome(ending="interrupted")
 
 
-def _stopped(coordinator: Coordinator) -> Outcome:
-    """Between two attempts: the failure would have been made good, and what was saved is there."""
+def _stopped(coordinator: Coordinator, failed: Outcome) -> Outcome:
+    """Instead of another attempt: the failure would have been made good, and what was saved is there."""
+    assert failed.verdict is not None
+    first = failed.verdict.first
+    remark = f"{first.subject}: {first.title}; a stop was asked for, so it is not started again"
+    remarks = (*failed.remarks, remark)
     if coordinator.hurried:
-        return Outcome(ending="interrupted")
+        return Outcome(ending="interrupted", remarks=remarks)
     name = coordinator.stop_signal
-    return Outcome(ending="stopped", stop_signal=signal.Signals[name] if name else None)
+    return Outcome(
+        ending="stopped", stop_signal=signal.Signals[name] if name else None, remarks=remarks
+    )
 
 
 def _without_another(outcome: Outcome, why: str) -> Outcome:

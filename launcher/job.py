@@ -377,6 +377,8 @@ class _Job:
                 write_report(self._folder)
             except OSError as error:
                 self._console.warn(f"summary and report could not be written: {error.strerror}")
+        for remark in outcome.remarks:
+            self._console.warn(remark)
         if verdict is not None:
             show_verdict(self._console, verdict)
         elif outcome.ending == "done":

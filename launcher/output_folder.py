@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,7 @@ OWN_NAMES = (
     "submission",
 )
 _OWNER = ".ftlaunch-owner"
+_ASKING_SECONDS = 0.5
 # Marks the folder as ours: what carries such a name elsewhere is not touched.
 _MARK = ".ftlaunch"
 
@@ -140,7 +142,7 @@ class OutputFolder:
         path = self.path / _OWNER
         owner = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
         try:
-            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(owner)
         except OSError as error:
             who = _describe(owner.read(4096))
             owner.close()
@@ -174,6 +176,19 @@ class OutputFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _lock(file: IO[str]) -> None:
+    """OSError when another job has it; whoever only asks whose it is has it for a moment."""
+    deadline = time.monotonic() + _ASKING_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) or time.monotonic() > deadline:
+                raise
+        time.sleep(_ASKING_SECONDS / 10)
 
 
 def _describe(text: str) -> str:

@@ -64,18 +64,18 @@ class LaunchPlan:
     reasons: tuple[Reason, ...]
 
     def to_json(self) -> Any:
-        import pydantic
+        from ftlaunch.launcher.plan_file import PLAN
 
-        return pydantic.TypeAdapter(LaunchPlan).dump_python(self, mode="json")
+        return PLAN.dump_python(self, mode="json")
 
     @classmethod
     def read(cls, path: Path) -> LaunchPlan:
         """UserError when the file is not a plan."""
-        import pydantic
+        from ftlaunch.launcher.plan_file import PLAN
 
         try:
             raw = json.loads(path.read_bytes())
-            return pydantic.TypeAdapter(LaunchPlan).validate_python(raw)
+            return PLAN.validate_python(raw)
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is not a plan of this ftlaunch: {error}") from None
 

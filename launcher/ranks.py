@@ -58,7 +58,8 @@ def preparation(plan: LaunchPlan) -> Prepare:
     """What the fork servers import, and what every rank finds in its environment."""
     preload: list[str] = []
     if plan.start_method == "fork":
-        preload = ["ftlaunch.launcher.worker", "ftlaunch.strategies.session"]
+        preload = ["ftlaunch.launcher.worker", "ftlaunch.launcher.plan_file"]
+        preload.append("ftlaunch.strategies.session")
         preload += entry(plan.strategy).preload
         model_type = model_type_of(plan.options.model)
         if model_type is not None and "torch" in entry(plan.strategy).implementation:

@@ -34,6 +34,7 @@ _JOB = "job.json"
 _RUNS = "runs.jsonl"
 _LOCK = "lock"
 _ASIDE = "earlier"
+_OUTPUT = "output"
 _PACKAGES = ("launcher", "strategies", "cluster")
 
 
@@ -100,6 +101,12 @@ def only_submission(output_dir: Path) -> Iterator[Path]:
                 f"another ftlaunch submit is working in {folder}. Wait for it, or choose another "
                 "folder with --output-dir."
             ) from None
+        if (folder / _ASIDE).exists():
+            # An earlier submission was killed in the middle.
+            if (folder / _JOB).exists():
+                _remove(folder / _ASIDE)
+            else:
+                _put_back(folder)
         yield folder
 
 
@@ -123,6 +130,18 @@ def seal(folder: Path, sealed: Sealed) -> Sealed:
     sealed = replace(sealed, script=_with_copy(folder, sealed.script))
     write_json(folder / _CONFIG, _to_json(sealed))
     return sealed
+
+
+def set_output_aside(folder: Path, names: Sequence[str]) -> None:
+    """After `seal`: what an earlier job has written under `names` steps aside with its submission."""
+    place = folder / _ASIDE / _OUTPUT
+    place.mkdir()
+    for name in names:
+        path = folder.parent / name
+        if name != FOLDER and (path.exists() or path.is_symlink()):
+            path.rename(place / name)
+    if (folder / _RUNS).exists():
+        (folder / _RUNS).rename(folder / _ASIDE / _RUNS)
 
 
 def read_sealed(folder: Path) -> Sealed:
@@ -171,13 +190,7 @@ def withdraw(folder: Path, *, was_there: bool) -> None:
 
     was_there   the output folder has been used before
     """
-    aside = folder / _ASIDE
-    for path in folder.iterdir():
-        if path.name not in (_LOCK, _RUNS, _ASIDE):
-            _remove(path)
-    for path in aside.iterdir() if aside.is_dir() else ():
-        path.rename(folder / path.name)
-    _remove(aside)
+    _put_back(folder)
     output_dir = folder.parent
     if not (folder / _CONFIG).exists():
         _remove(folder)
@@ -186,6 +199,22 @@ def withdraw(folder: Path, *, was_there: bool) -> None:
             (output_dir / "logs").rmdir()
             (output_dir / ".ftlaunch").unlink()
             output_dir.rmdir()
+
+
+def _put_back(folder: Path) -> None:
+    """What stepped aside is in its place again, and what took that is gone."""
+    aside = folder / _ASIDE
+    for path in folder.iterdir():
+        if path.name not in (_LOCK, _RUNS, _ASIDE):
+            _remove(path)
+    output = aside / _OUTPUT
+    for path in output.iterdir() if output.is_dir() else ():
+        _remove(folder.parent / path.name)
+        path.rename(folder.parent / path.name)
+    _remove(output)
+    for path in aside.iterdir() if aside.is_dir() else ():
+        path.rename(folder / path.name)
+    _remove(aside)
 
 
 # -- runs ---------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.job import check_input, keep_input
 from ftlaunch.launcher.job_state import is_of
 from ftlaunch.launcher.line_log import read_lines
-from ftlaunch.launcher.output_folder import OutputFolder, default_output_dir
+from ftlaunch.launcher.output_folder import OWN_NAMES, OutputFolder, default_output_dir
 from ftlaunch.launcher.script_plan import Script, check_script
 from ftlaunch.launcher.slurm_options import signal_lead
 from ftlaunch.launcher.submission import Sealed, SubmittedJob
@@ -227,12 +227,14 @@ def _submit(
     overwrite: bool,
 ) -> SubmittedJob:
     was_there = (folder / ".ftlaunch").exists()
-    with OutputFolder(folder, overwrite=overwrite):
+    with OutputFolder(folder, overwrite=False):
         pass  # it can be used, it is ours, and no job is in it
     with submission.only_submission(folder) as inside:
         try:
-            (folder / "logs").mkdir(exist_ok=True)
             submission.seal(inside, sealed)
+            if overwrite:
+                submission.set_output_aside(inside, OWN_NAMES)
+            (folder / "logs").mkdir(exist_ok=True)
             job_id = submit(batch)
         except BaseException:
             submission.withdraw(inside, was_there=was_there)

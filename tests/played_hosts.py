@@ -26,9 +26,23 @@ _END_SECONDS = 20.0
 class PlayedHost:
     """One host: a process that holds its namespaces, and whatever is started in them."""
 
-    def __init__(self, name: str, *, network: bool, setup: Sequence[Sequence[str]] = ()) -> None:
-        """`setup`: commands that run in the new namespaces before the host is ready (mounts)."""
+    def __init__(
+        self,
+        name: str,
+        *,
+        network: bool,
+        setup: Sequence[Sequence[str]] = (),
+        number: int | None = None,
+    ) -> None:
+        """A host of this machine.
+
+        setup    commands that run in the new namespaces before the host is ready (mounts)
+        number   of a host that has one core, as hosts have cores of their own; they are taken in
+                 turn. Else it has all of them
+        """
         self.name = name
+        cores = sorted(os.sched_getaffinity(0))
+        self._cores = cores if number is None else [cores[number % len(cores)]]
         self.network = network
         self._started: list[subprocess.Popen[Any]] = []
         kinds = ["--uts", "--mount", *(["--net"] if network else [])]
@@ -64,6 +78,9 @@ class PlayedHost:
         where = ["--root", f"--wdns={folder or Path.cwd()}"]
         return ["nsenter", f"--target={self.pid}", *kinds, *where, "--"]
 
+    def _on_cores(self) -> list[str]:
+        return ["taskset", "--cpu-list", ",".join(map(str, self._cores))]
+
     def run(
         self, *words: object, timeout: float = 30, **options: Any
     ) -> subprocess.CompletedProcess[str]:
@@ -76,7 +93,7 @@ class PlayedHost:
     def start_daemon(self, *words: object, log: IO[str]) -> subprocess.Popen[Any]:
         """Start a program that ends with the host at the latest, or when these tests are killed."""
         process = subprocess.Popen(
-            [*_DIES_WITH_US, *self.at(folder=Path("/")), *map(str, words)],
+            [*_DIES_WITH_US, *self._on_cores(), *self.at(folder=Path("/")), *map(str, words)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -63,10 +63,12 @@ class SlurmBed:
             self._log = stack.enter_context(open(self.folder / "daemons.log", "w"))
             self._write_files()
             self.hosts: dict[str, PlayedHost] = {}
-            for name in ("ctl", *NODES):
+            for number, name in enumerate(("ctl", *NODES)):
                 hosts_file = str(self.folder / "hosts")
                 setup = [["mount", "--bind", hosts_file, "/etc/hosts"]]
-                self.hosts[name] = PlayedHost(name, network=False, setup=setup)
+                self.hosts[name] = PlayedHost(
+                    name, network=False, setup=setup, number=number if name in NODES else None
+                )
                 stack.callback(self.hosts[name].close)
             self._start_daemons()
             self._stack = stack.pop_all()

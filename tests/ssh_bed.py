@@ -124,7 +124,10 @@ class SshBed:
         self._write_lists()
         if host.reach in ("up", "refused"):
             self._played[host.name] = played = PlayedHost(
-                host.name, network=True, setup=[*self._setup(host.name), *_covers(host)]
+                host.name,
+                network=True,
+                setup=[*self._setup(host.name), *_covers(host)],
+                number=len(self._played),
             )
             self._join(played, address)
         if host.reach == "up":

@@ -38,7 +38,7 @@ TARGET = '''
         what, *arguments = sys.argv[1:]
         return globals()[what](*arguments)
 
-    def code(number):
+    def code(number, *rest):
         return int(number)
 
     def die(number):
@@ -117,6 +117,12 @@ class Agent:
         self.expect(type(None), until=lambda event: event.kind == "server_ready")
 
     def start(self, rank: int, *arguments: str, working_dir: str | None = None) -> Path:
+        log = self.send_start(rank, *arguments, working_dir=working_dir)
+        started = self.expect(Started)
+        self.pids[rank] = started.pid
+        return log
+
+    def send_start(self, rank: int, *arguments: str, working_dir: str | None = None) -> Path:
         log = self.folder / f"{rank}.log"
         reading, writing = os.pipe()
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -135,8 +141,6 @@ class Agent:
         os.close(descriptor)
         os.close(writing)
         self.pipes[rank] = reading
-        started = self.expect(Started)
-        self.pids[rank] = started.pid
         return log
 
     def expect(self, kind, seconds: float = 20.0, until=None):
@@ -150,9 +154,13 @@ class Agent:
         self.link.send(Kill(at_once=True))
         self.link.send(Leave())
         self.link.close()
+        self.close_pipes()
+        self.link.wait(5.0)
+
+    def close_pipes(self) -> None:
         for pipe in self.pipes.values():
             os.close(pipe)
-        self.link.wait(5.0)
+        self.pipes.clear()
 
 
 @pytest.fixture
@@ -166,6 +174,10 @@ def job(monkeypatch):
 
 def others(mark: str) -> list[int]:
     return [p.pid for p in processes_with(JOB_VARIABLE, mark) if p.pid != os.getpid()]
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.fixture(params=METHODS)
@@ -338,6 +350,26 @@ def test_it_ends_in_the_middle_of_an_import(tmp_path, job):
     agent.link.close()
     agent.link.wait(5.0)
     assert not alive(server)
+
+
+def test_a_server_that_still_imports_holds_up_no_agent(tmp_path, job):
+    (tmp_path / "slow_import.py").write_text("import time\ntime.sleep(3)\n")
+    agent = Agent(tmp_path, "fork", preload=["slow_import"])
+    before = open_descriptors()
+    began = time.monotonic()
+    # Together several times what the socket takes.
+    for rank in range(12):
+        agent.send_start(rank, "code", "0", "x" * 100_000)
+    assert time.monotonic() - began < 1.0
+    assert agent.link.has_unsent
+    while agent.link.has_unsent:
+        assert time.monotonic() - began < 20
+        assert agent.link.flush()
+        time.sleep(0.01)
+    assert sorted(agent.expect(Exited).rank for _ in range(12)) == list(range(12))
+    agent.close_pipes()
+    assert open_descriptors() == before
+    agent.leave()
 
 
 def test_a_preload_that_fails_is_no_failure(tmp_path, job):

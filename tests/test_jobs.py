@@ -212,6 +212,22 @@ def test_the_finished_job_can_be_evaluated_alone(done, inputs):
 # -- a stop, a second job, another number of nodes ----------------------------------------------
 
 
+def test_a_forked_rank_finds_everything_imported(inputs, done):
+    """What a fork server leaves to its ranks is imported by each of them, at every start.
+
+    Not what tokenizes: the tokens of `done` are in the cache.
+    """
+    out = inputs.folder / "imports"
+    once = ("train.max_steps=2", "train.eval_strategy=no")
+    # Every import is written to stderr, which is a rank's log.
+    result = ftlaunch(*inputs.command(out, *once), env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert result.returncode == 0, said(result)
+    for path in sorted((out / "logs").glob("rank-*.log")):
+        lines = re.findall(r"^import time: .*\|\s*([\w.]+)$", path.read_text(), re.MULTILINE)
+        assert "xxhash" in lines, "the imports of ranks are not seen"
+        assert len(lines) < 20, lines
+
+
 class Interrupted:
     """A job that a second one wants to disturb, that is stopped and goes on with three nodes."""
 

@@ -319,6 +319,38 @@ def test_a_killed_rank_of_a_script_is_started_again(here):
     assert "attempt 1" in result.stdout
 
 
+def test_a_stop_while_the_ranks_of_a_failure_are_ended(here):
+    script = """
+        import os, signal, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("deaf", flush=True)
+        if os.environ["RANK"] == "1":
+            while not os.path.exists("go"):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)
+    """
+    write(here, script)
+    out = here.parent / "out"
+    arguments = ("--nodes", 2, "-o", out, "cluster.grace_seconds=4", "script.py")
+    with start(*arguments, cwd=here, command=SCRIPT) as process:
+        wait_until(lambda: all("deaf" in text for text in _texts(out)), 30, "both ranks")
+        (here / "go").touch()
+        # Rank 0 is given its four seconds.
+        time.sleep(1.5)
+        process.send_signal(signal.SIGTERM)
+        result = finish(process, 30)
+    assert result.returncode == 143, said(result)
+    assert (
+        "warning: rank 1 on node1: killed by SIGKILL; a stop was asked for, so it is not started "
+        "again\n"
+    ) in result.stdout
+    summary = summary_of(out)
+    assert (summary["status"], summary["stop_signal"]) == ("stopped", "SIGTERM")
+    assert summary["restarts"] == 0
+    assert_no_process_left(out)
+
+
 def test_signals_reach_the_script(here):
     script = """
         import signal, sys, time

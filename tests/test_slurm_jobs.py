@@ -345,9 +345,16 @@ def test_what_slurm_refuses_is_said_in_its_words_and_leaves_nothing(bed, tmp_pat
     # Of a folder that has been used, all of it stays.
     assert run(bed, "cancel", out).returncode == 0
     bed.wait_state(job, "CANCELLED", seconds=10)
+    (out / "checkpoints" / "step-00000007").mkdir(parents=True)
+    (out / "checkpoints" / "step-00000007" / "weights").write_text("hours of work")
     before = contents(out)
-    assert_mistake(run(bed, "submit", "-o", out, "--partition", "nope", "train.seed=1"), "nope")
-    assert contents(out) == before
+    for flags in (["train.seed=1"], ["--overwrite"]):
+        assert_mistake(run(bed, "submit", "-o", out, "--partition", "nope", *flags), "nope")
+        assert contents(out) == before
+    submitted(bed, out, "slurm.begin=now+1hour", "--overwrite")
+    assert not (out / "checkpoints").exists()
+    assert not (out / "submission" / "earlier").exists()
+    assert run(bed, "cancel", out).returncode == 0
 
 
 def test_a_folder_has_one_job(bed, tmp_path):

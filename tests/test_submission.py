@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from ftlaunch.cluster.slurm_queue import client_environment, is_job_id
 from ftlaunch.cluster.submit import BatchJob, batch_file
 from ftlaunch.launcher import submission
 from ftlaunch.launcher.config import load_config
+from ftlaunch.launcher.output_folder import OWN_NAMES
 from ftlaunch.launcher.script_plan import Script
 from ftlaunch.launcher.slurm_options import SlurmOptions, signal_lead, time_limit_seconds
 from ftlaunch.launcher.submission import Sealed, SubmittedJob
@@ -225,6 +227,18 @@ def test_what_is_no_number_of_a_job(text):
 # -- sealing ------------------------------------------------------------------------------------
 
 
+A_JOB = SubmittedJob(
+    job_id="12",
+    name="n",
+    submitted=submission.now(),
+    host="h",
+    num_nodes=2,
+    lead_seconds=60,
+    parameters={"time": "4:00:00", "exclusive": True},
+    fetched=[{"what": "model", "name": "a/b", "revision": COMMIT}],
+)
+
+
 def sealed_of(*overrides: str, script: Script | None = None) -> Sealed:
     return Sealed(
         config=config_of(*overrides),
@@ -303,6 +317,57 @@ def test_a_submission_replaces_the_one_before(tmp_path):
             pass
 
 
+def used_folder(out: Path) -> None:
+    """An output folder with something of a job that was submitted to it."""
+    with submission.only_submission(out) as folder:
+        submission.seal(folder, sealed_of("train.seed=1"))
+        submission.settle(folder, A_JOB)
+        submission.note_run(folder, "ended", job_id=A_JOB.job_id, exit_code=0)
+    (out / "checkpoints" / "step-00000007").mkdir(parents=True)
+    (out / "metrics.jsonl").write_text("{}\n")
+
+
+def test_what_is_overwritten_stays_until_slurm_has_the_job(tmp_path):
+    used_folder(tmp_path)
+    with submission.only_submission(tmp_path) as folder:
+        submission.seal(folder, sealed_of("train.seed=2"))
+        submission.set_output_aside(folder, OWN_NAMES)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["submission"]
+        (tmp_path / "logs").mkdir()
+        submission.withdraw(folder, was_there=True)
+        assert (tmp_path / "checkpoints" / "step-00000007").is_dir()
+        assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+        assert submission.submitted_job(tmp_path) == A_JOB
+        assert submission.runs_of(folder, A_JOB.job_id)
+        submission.seal(folder, sealed_of("train.seed=2"))
+        submission.set_output_aside(folder, OWN_NAMES)
+        submission.settle(folder, replace(A_JOB, job_id="13"))
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "code", "config.json", "job.json", "lock",
+        ]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["submission"]
+
+
+def test_a_submission_that_was_killed_in_the_middle_is_undone(tmp_path):
+    with submission.only_submission(tmp_path) as folder:
+        submission.seal(folder, sealed_of("train.seed=3"))
+    # There was nothing before it.
+    used_folder(tmp_path)
+    with submission.only_submission(tmp_path) as folder:
+        submission.seal(folder, sealed_of("train.seed=2"))
+        submission.set_output_aside(folder, OWN_NAMES)
+    with submission.only_submission(tmp_path) as folder:
+        assert (tmp_path / "checkpoints" / "step-00000007").is_dir()
+        assert submission.read_sealed(folder).config.train.seed == 1
+        submission.seal(folder, sealed_of("train.seed=2"))
+        submission.set_output_aside(folder, OWN_NAMES)
+        # Killed after SLURM had taken it, while what it replaces was being removed.
+        (folder / "job.json").write_text("{}")
+    with submission.only_submission(tmp_path) as folder:
+        assert not (tmp_path / "checkpoints").exists()
+        assert not (folder / "earlier").exists()
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"job_id": 1}', '{"job_id": "x; rm"}', "[" * 100_000]
 )
@@ -314,19 +379,9 @@ def test_a_damaged_job_file_is_none(tmp_path, text):
 
 
 def test_a_job_file_is_read_back(tmp_path):
-    job = SubmittedJob(
-        job_id="12",
-        name="n",
-        submitted=submission.now(),
-        host="h",
-        num_nodes=2,
-        lead_seconds=60,
-        parameters={"time": "4:00:00", "exclusive": True},
-        fetched=[{"what": "model", "name": "a/b", "revision": COMMIT}],
-    )
     (tmp_path / "submission").mkdir()
-    submission.settle(tmp_path / "submission", job)
-    assert submission.submitted_job(tmp_path) == job
+    submission.settle(tmp_path / "submission", A_JOB)
+    assert submission.submitted_job(tmp_path) == A_JOB
 
 
 # -- the hub ------------------------------------------------------------------------------------

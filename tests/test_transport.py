@@ -55,6 +55,25 @@ def test_one_that_never_reads_holds_up_neither_the_job_nor_its_end(tmp_path):
     assert time.monotonic() - started < 6.0
 
 
+def test_many_that_close_their_pipes_and_stay_are_lost_in_one_second(tmp_path):
+    stays = (sys.executable, "-c", "import os, time; os.close(1); time.sleep(60)")
+    ways = [Way(name=f"n{number}", words=stays) for number in range(6)]
+    nodes = Nodes(ways, Orders(heartbeat_seconds=30.0), log_dir=tmp_path)
+    nodes.open()
+    try:
+        # So that all have closed theirs, and are found in one look.
+        time.sleep(3.0)
+        started = time.monotonic()
+        lost = [number for number, event in nodes.poll(5.0) if event is None]
+        assert sorted(lost) == list(range(6))
+        assert time.monotonic() - started < 3.0
+        assert {node.lost for node in nodes} == {"its pipe was closed"}
+    finally:
+        for number in range(6):
+            nodes[number].process.kill()
+        nodes.close(grace_seconds=0.0)
+
+
 def test_a_machine_in_words_of_another_version_is_the_users_to_mend(tmp_path):
     hello = Hello(
         machine={"hostname": 7}, pid=1, boot_id="", network="", addresses={"nowhere": "x"}

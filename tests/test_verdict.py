@@ -177,6 +177,18 @@ def test_a_fork_server_that_is_gone_takes_its_ranks_along():
     verdict = attempt.outcome().verdict
     assert (verdict.first.title, verdict.consequences) == ("killed by SIGKILL", ())
     assert attempt.running == set()
+    # Killed before it had told either who it is.
+    for order in ((0, 1), (1, 0)):
+        attempt = _attempt(2)
+        events = [
+            ServerGone(pid=0, how="gone", time=1.0),
+            ServerGone(pid=7, how="killed by SIGKILL", time=1.0),
+        ]
+        for node in order:
+            attempt.take(node, events[node], 0.0, None)
+        verdict = attempt.outcome().verdict
+        assert (verdict.first.title, verdict.consequences) == ("killed by SIGKILL", ())
+        assert verdict.first.subject == "the fork server on node1 (process 7)"
 
 
 def test_a_stop_is_no_failure():

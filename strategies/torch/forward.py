@@ -103,5 +103,8 @@ class Forward:
 
     @staticmethod
     def set_training(model: Any, training: bool) -> None:
-        if model.training != training:
+        """Of every module: what wraps a model need not know what it is set to, as DeepSpeed's engine
+        does not, and a pretrained model comes as it is evaluated.
+        """
+        if any(module.training != training for module in model.modules()):
             model.train(training)

@@ -1,0 +1,91 @@
+"""Dropout of a pretrained model: there, under every strategy, and drawn as the seeds say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.nn import functional
+
+from ftlaunch.strategies import registry
+from tests import tiny
+from tests.ranks import run_ranks
+
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+GLOBAL_BATCH = 12
+STEPS = 4
+TABLE = tiny.random_table(48)
+
+
+def _windows(world):
+    return tiny.windows(world, TABLE, global_batch=GLOBAL_BATCH, micro_batch=3)
+
+
+def _losses(world, listen_fd, folder, name):
+    """The loss of each step; there is an evaluation after the second."""
+    model = {"random_weights": False, "dropout": None}
+    strategy = registry.load(name)(tiny.request(world, listen_fd, folder, model=model))
+    windows, losses = _windows(world), []
+    for step in range(STEPS):
+        indices = windows.order.global_batch(step)
+        total = windows.collator.total_items(indices)
+        for batch, last in windows.micro_batches(indices, step):
+            strategy.accumulate(batch, total, last=last)
+        losses.append(strategy.apply(1e-3, stop=False, saving=0.0).loss)
+        if step == 1:
+            strategy.predict(windows.collator.batch(np.arange(3), seed=0))
+    return losses
+
+
+def _plain_first_loss(world, listen_fd, folder):
+    """By transformers and torch alone: what both ranks compute, one after the other."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    model.train()
+    torch.set_grad_enabled(False)
+    total = 0.0
+    for rank in range(2):
+        windows = replace(_windows(world), rank=rank, world_size=2)
+        for batch, _ in windows.micro_batches(windows.order.global_batch(0), 0):
+            torch.manual_seed(batch.seed)
+            inputs = {name: torch.from_numpy(values) for name, values in batch.inputs.items()}
+            logits = model(**inputs).logits
+            losses = functional.cross_entropy(
+                logits, torch.from_numpy(batch.labels), reduction="none"
+            )
+            total += float((losses * torch.from_numpy(batch.weights)).sum())
+    return [total / GLOBAL_BATCH]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    config = transformers.AutoConfig.from_pretrained(
+        tiny.write_config(tmp_path_factory.mktemp("bert"), "bert"),
+        num_labels=3,
+        hidden_dropout_prob=0.2,
+        attention_probs_dropout_prob=0.2,
+    )
+    torch.manual_seed(1)
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_ddp(pretrained):
+    return run_ranks(2, _losses, pretrained, "ddp")[0]
+
+
+@pytest.fixture(scope="module")
+def plain(pretrained):
+    return run_ranks(1, _plain_first_loss, pretrained)[0]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_dropout_is_drawn_as_the_seeds_say(pretrained, plain, by_ddp, name):
+    losses = by_ddp if name == "ddp" else run_ranks(2, _losses, pretrained, name)[0]
+    assert losses[:1] == pytest.approx(plain, rel=1e-5)
+    # Before the evaluation and after it.
+    assert losses == pytest.approx(by_ddp, rel=1e-5)
