@@ -114,12 +114,18 @@ def _gemma(folder: Path) -> Path:
     return folder
 
 
-def _capped(world, listen_fd, folder):
+def _first_passes(world, listen_fd, folder, first):
     case = CASES["causal-lm-qwen2"]
-    strategy = create(case.request(world, None, folder, model={"random_weights": False}))
+    weights = (folder / "model.safetensors").exists()
+    strategy = create(case.request(world, None, folder, model={"random_weights": not weights}))
     table, everything = case.make_table(6), np.arange(6)
     collator = case.collator(table)
     batch = collator.batch(everything, seed=1)
+    nothing = collator.batch(np.zeros(0, dtype=np.int64), seed=1)
+    if first == "accumulate":
+        strategy.accumulate(nothing, 1.0, last=False)
+    elif first == "score":
+        assert not strategy.score(nothing).losses.any()
     strategy.accumulate(batch, collator.total_items(everything), last=True)
     scores = strategy.score(batch)
     found = strategy.apply(0.0, stop=False, saving=0.0).loss
@@ -128,8 +134,13 @@ def _capped(world, listen_fd, folder):
     return found, expected, scores.losses.sum() / collator.total_items(everything)
 
 
-def test_a_model_that_changes_its_logits_is_asked_for_them(tmp_path):
-    found, expected, scored = run_ranks(1, _capped, _gemma(tmp_path / "gemma"))[0]
+@pytest.mark.parametrize("first", ["", "accumulate", "score"])
+@pytest.mark.parametrize("model", ["capped", "plain"])
+def test_a_model_that_changes_its_logits_is_asked_for_them(tmp_path, model, first):
+    """Also where a rank has nothing to compute in its first pass: zero stays zero, capped or not."""
+    folder = tmp_path / "model"
+    folder = _gemma(folder) if model == "capped" else tiny.write_config(folder, "qwen2")
+    found, expected, scored = run_ranks(1, _first_passes, folder, first)[0]
     assert abs(found / expected - 1) < 1e-6
     assert abs(scored / expected - 1) < 1e-6
 

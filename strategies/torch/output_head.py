@@ -65,7 +65,7 @@ class OutputHead:
             )
             return loss
 
-        return self._run(run, instead, chosen)
+        return self._run(run, instead, chosen, lambda probe: probe - 1)
 
     def scores(self, run: Callable[[], torch.Tensor], chosen: ChosenTokens) -> torch.Tensor | None:
         """(2, chosen) loss and winner of each; None for a model that has to give logits."""
@@ -75,21 +75,26 @@ class OutputHead:
         def instead(hidden: torch.Tensor) -> torch.Tensor:
             return score_head(hidden, self._layer.weight, self._layer.bias, chosen.labels)
 
-        return self._run(run, instead, chosen)
+        return self._run(run, instead, chosen, lambda probe: probe.new_empty((2, 0)))
 
     def _run(
         self,
         run: Callable[[], torch.Tensor],
         instead: _Instead,
         chosen: ChosenTokens,
+        of_nothing: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor | None:
+        """of_nothing   what a probe is turned into: no token was chosen (`_forward`)"""
         with self._replaced(instead, chosen):
             result = run()
             given = self._given
-        if self._fits is None:
-            # The same on every rank: it follows from the model's code.
-            self._fits = given is not None and torch.equal(result.detach(), given)
-        return result if self._fits else None
+        if self._fits is not None:
+            return result
+        # The same on every rank: it follows from the model's code.
+        self._fits = given is not None and torch.equal(result.detach(), given)
+        if not self._fits:
+            return None
+        return result if len(chosen.labels) else of_nothing(result)
 
     @contextlib.contextmanager
     def _replaced(self, instead: _Instead, chosen: ChosenTokens) -> Iterator[None]:
@@ -107,6 +112,9 @@ class OutputHead:
             return logits
         result = self._instead(flat[chosen.positions])
         if self._fits is None:
+            if not len(chosen.labels):
+                # The loss of nothing is 0, which stays 0 whatever a model does to it.
+                result = result.sum() + 1
             self._given = result.detach().clone()
         return result
 
