@@ -27,6 +27,7 @@ _IN_BOTH = (
     "test_batches.py",
     "test_console.py",
     "test_events.py",
+    "test_examples.py",
     "test_hccl.py",
     "test_hosts.py",
     "test_metrics.py",

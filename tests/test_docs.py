@@ -48,10 +48,14 @@ from ftlaunch.strategies.checkpoint.store import shard_name, write_shard
 from ftlaunch.strategies.data.demo import DEMO_OPTIONS
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted(
+    path for folder in (".", "docs", "examples") for path in (ROOT / folder).glob("*.md")
+)
 FOLDERS = ("launcher", "strategies", "cluster")
 
-each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+each_document = pytest.mark.parametrize(
+    "document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix()
+)
 
 
 # -- reading Markdown ---------------------------------------------------------------------------
