@@ -25,13 +25,14 @@ from ftlaunch.strategies.deepspeed_config import (
     offload_devices,
     stage_of,
 )
-from ftlaunch.strategies.options import JobOptions, LoraOptions, Precision
+from ftlaunch.strategies.options import JobOptions, Precision
 from ftlaunch.strategies.registry import STRATEGIES, entry
 
 # Upper bounds of a micro-batch that nobody chose. Small ones pad less, because a global batch is
 # sorted by length before it is cut; an accelerator needs larger ones to be busy.
 _MICRO_BATCH = {"cpu": 8, "cuda": 32, "ascend": 32}
 _EVAL_FACTOR = 2
+_LANGUAGE_TASKS = ("causal-lm", "masked-lm")
 _OLD_NPU = "has neither bf16 nor infinite numbers in fp16, so that an overflow would not be seen"
 # Why a precision cannot be had on CPUs.
 _PRECISION_REASONS = {
@@ -121,7 +122,7 @@ def make_plan(
             "do not offer it. Leave it out and use a smaller train.per_device_train_batch_size."
         )
     if mode == "train":
-        _check_lora(config.lora, strategy, machines, reasons)
+        _check_lora(config, strategy, machines, reasons)
     precision = _precision(config, machines, accelerator, strategy, reasons)
     _batch_fits(config, world_size, mode)
     micro_batch, accumulation = _micro_batch(config, world_size, accelerator)
@@ -225,9 +226,10 @@ def _check_deepspeed(
 
 
 def _check_lora(
-    lora: LoraOptions, strategy: str, machines: Sequence[Machine], reasons: list[Reason]
+    config: RunConfig, strategy: str, machines: Sequence[Machine], reasons: list[Reason]
 ) -> None:
     """UserError where an adapter was asked for and cannot be had."""
+    lora = config.lora
     if lora.r is None:
         return
     if entry(strategy).package == "mindspore":
@@ -242,7 +244,9 @@ def _check_lora(
                 "Install it: pip install 'ftlaunch[lora]'."
             )
     kind = "DoRA" if lora.use_dora else "LoRA"
-    why = f"{', '.join(lora.target_modules)}; the model below is frozen, its head is not"
+    # The head of a language model is not fresh: it is frozen like the rest.
+    frozen = "the model is" if config.task in _LANGUAGE_TASKS else "the model below its head is"
+    why = f"{', '.join(lora.target_modules)}; {frozen} frozen"
     reasons.append(Reason(choice="adapter", value=f"{kind}, rank {lora.r}", why=why))
 
 

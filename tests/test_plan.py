@@ -139,3 +139,17 @@ def test_the_plan_survives_json(tmp_path):
 def test_what_cannot_be_done_is_said(machines, flags, message):
     with pytest.raises(UserError, match=message):
         _plan(*machines, **flags)
+
+
+@pytest.mark.parametrize(
+    ("task", "frozen"),
+    [
+        ("text-classification", "the model below its head is frozen"),
+        ("causal-lm", "the model is frozen"),
+    ],
+)
+def test_the_plan_says_what_an_adapter_leaves_frozen(task, frozen):
+    machine = replace(CPU, versions={"torch": "2.13.0", "peft": "0.18.0"})
+    plan = _plan(machine, overrides=[f"task={task}", "lora.r=8"])
+    [reason] = [reason for reason in plan.reasons if reason.choice == "adapter"]
+    assert (reason.value, reason.why) == ("LoRA, rank 8", f"all-linear; {frozen}")
