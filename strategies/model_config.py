@@ -127,11 +127,26 @@ def _from_hub(name: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the model {name!r} is neither a folder here nor could it be had from the hub: {reason} "
+            f"the model {name!r} is neither a folder here nor could it be had from the hub: "
+            f"{why_not_from_hub(error)} "
             "Check the name, or pass the path of a folder with config.json and model.safetensors."
         ) from None
+
+
+def why_not_from_hub(error: Exception) -> str:
+    """What an error of huggingface_hub comes to, as a sentence of some 200 characters at most."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError):
+        if constants.HF_HUB_OFFLINE:
+            return (
+                "it is not in the local cache, and HF_HUB_OFFLINE keeps the hub from being asked."
+            )
+        return "it is not in the local cache, and the hub could not be reached."
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def labels_of(config: dict[str, Any]) -> tuple[str, ...]:

@@ -432,6 +432,7 @@ def test_a_model_that_is_none(saved, tmp_path):
     assert "is no folder" in refused(tmp_path, source, "--model", tmp_path / "nowhere")
     text = refused(tmp_path, source, "--model", "no-such/model")
     assert "neither a folder here nor could it be had from the hub" in text
+    assert "HF_HUB_OFFLINE keeps the hub from being asked" in text
 
 
 def test_pipes_are_not_waited_for(saved, tmp_path):

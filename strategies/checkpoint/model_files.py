@@ -18,6 +18,7 @@ from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.checkpoint.conversion import TORCH_NAMES, SaveDtype
 from ftlaunch.strategies.checkpoint.weights import Weight
 from ftlaunch.strategies.files import replace_file
+from ftlaunch.strategies.model_config import why_not_from_hub
 from ftlaunch.strategies.safetensors_file import FileDamaged, read_places
 
 CONFIG_NAME = "config.json"
@@ -82,10 +83,9 @@ def _from_hub(name: str, weights: tuple[str, ...]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[*_PATTERNS, *_CODE, *weights]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the model {name!r} is neither a folder here nor could it be had from the hub: {reason} "
-            "Check the name, or pass the path of a folder with config.json."
+            f"the model {name!r} is neither a folder here nor could it be had from the hub: "
+            f"{why_not_from_hub(error)} Check the name, or pass the path of a folder with config.json."
         ) from None
 
 
