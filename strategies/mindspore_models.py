@@ -37,7 +37,6 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         "electra",
         "falcon",
         "megatron-bert",
-        "mobilebert",
         "phi",
         "rembert",
         "roberta",
@@ -50,13 +49,13 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         "bert",
         "camembert",
         "distilbert",
-        "mobilebert",
         "rembert",
         "roberta",
         "xlm-roberta",
     ),
 }
 _NO_HEAD = "which mindone's automatic classes do not have for {task}"
+_PADDING = "whose embeddings look at the neighbours of a token, at padding too: numbers depend on the length"
 _BOTH_WAYS = "which reads in both directions: it would see the tokens that it is to predict"
 # Why not, where it is known.
 _REASONS: Mapping[tuple[str, str], str] = {
@@ -69,6 +68,8 @@ _REASONS: Mapping[tuple[str, str], str] = {
     ("token-classification", "qwen2"): (
         "whose head in mindone keeps with the probability with which it should drop"
     ),
+    ("token-classification", "mobilebert"): _PADDING,
+    ("masked-lm", "mobilebert"): _PADDING,
     ("causal-lm", "stablelm"): "which gives logits of the last token only in mindone",
     ("masked-lm", "electra"): _NO_HEAD,
     ("masked-lm", "layoutlm"): _NO_HEAD,

@@ -32,12 +32,6 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "albert": {"embedding_size": 16},
     "electra": {"embedding_size": 16},
     "gemma": {"head_dim": 8},
-    "mobilebert": {
-        "embedding_size": 16,
-        "true_hidden_size": 16,
-        "intra_bottleneck_size": 16,
-        "num_feedforward_networks": 2,
-    },
     "rembert": {"input_embedding_size": 16, "output_embedding_size": 24},
 }
 _DISTILBERT = {
