@@ -154,7 +154,11 @@ def _load_weights(
 ) -> set[str]:
     """Take what the files have; the names of the parameters that they lack."""
     shapes = {name: tuple(parameter.shape) for name, parameter in weights.items()}
-    found = stored_weights(options, named.parameters, named.base_prefix)
+    found = stored_weights(options, [*named.parameters, *named.aliases], named.base_prefix)
+    for alias, name in named.aliases.items():
+        # Of a weight that is shared, files have one name or another.
+        if alias in found:
+            found.setdefault(name, found[alias])
     missing = missing_names(found, shapes)
     check_missing(missing, shapes, named.base_prefix, options, trained_head=trained_head)
     try:
