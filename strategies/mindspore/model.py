@@ -17,6 +17,7 @@ from mindone.transformers import (
     AutoModelForTokenClassification,
     modeling_utils,
 )
+from mindone.transformers.generation import GenerationMixin
 from mindspore import mint, nn, ops
 from numpy.typing import NDArray
 
@@ -198,6 +199,6 @@ def model_files(model: Any) -> dict[str, bytes]:
     config.dtype = "float32"
     with tempfile.TemporaryDirectory(prefix="ftlaunch-") as folder:
         config.save_pretrained(folder)
-        if model.can_generate():
+        if isinstance(model, GenerationMixin):
             model.generation_config.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
