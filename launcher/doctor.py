@@ -43,6 +43,7 @@ from ftlaunch.launcher.npus import with_rank_table
 from ftlaunch.launcher.plan import LaunchPlan, make_plan
 from ftlaunch.launcher.site import Site, find_site, orders_for, ways_to
 from ftlaunch.strategies.data.tasks import load_task
+from ftlaunch.strategies.model_config import family_of
 from ftlaunch.strategies.options import TrainOptions
 from ftlaunch.strategies.registry import entry
 
@@ -208,7 +209,8 @@ class _Doctor:
         if not self._config.is_demo:
             try:
                 config = replace(self._config, cluster=cluster)
-                make_plan(config, machines, site, output_dir=str(self._folder))
+                family = family_of(config.model)
+                make_plan(config, machines, site, output_dir=str(self._folder), family=family)
             except UserError as error:
                 self._fail(str(error))
         return plan

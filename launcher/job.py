@@ -39,7 +39,7 @@ from ftlaunch.launcher.restarts import Restart, RestartPolicy
 from ftlaunch.launcher.site import Site, find_site, orders_for, ways_to
 from ftlaunch.strategies.checkpoint.manifest import write_json
 from ftlaunch.strategies.data.demo import write_demo
-from ftlaunch.strategies.model_config import check_model_folder
+from ftlaunch.strategies.model_config import check_model_folder, family_of
 from ftlaunch.strategies.progress import (
     Alive,
     DataReady,
@@ -84,6 +84,7 @@ def show_plan(config: RunConfig, console: Console, *, mode: Mode = "train") -> i
         output_dir=str(default_output_dir(config)),
         mode=mode,
         assumed=not site.is_one_machine,
+        family=family_of(config.model),
     )
     console.plan([*machine.notes, *plan.describe()])
     console.say("dry run: nothing was started")
@@ -117,7 +118,12 @@ def run_job(
         table = with_rank_table(config.cluster, machine, os.environ)
         machines = [machine] * len(site.hosts)
         plan = make_plan(
-            replace(config, cluster=table), machines, site, output_dir=str(folder), mode=mode
+            replace(config, cluster=table),
+            machines,
+            site,
+            output_dir=str(folder),
+            mode=mode,
+            family=family_of(config.model),
         )
         check_faults(rehearsal.faults, num_nodes=plan.num_nodes, world_size=plan.world_size)
     need_descriptors(len(site.hosts))
@@ -227,6 +233,7 @@ class _Job:
             site,
             output_dir=str(self._folder),
             mode=self._mode,
+            family=family_of(self._config.model),
         )
 
     # -- running ----------------------------------------------------------------------------

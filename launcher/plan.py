@@ -25,6 +25,7 @@ from ftlaunch.strategies.deepspeed_config import (
     offload_devices,
     stage_of,
 )
+from ftlaunch.strategies.mindspore_models import check_family
 from ftlaunch.strategies.options import JobOptions, Precision
 from ftlaunch.strategies.registry import STRATEGIES, entry
 
@@ -93,11 +94,13 @@ def make_plan(
     output_dir: str,
     mode: Literal["train", "eval"] = "train",
     assumed: bool = False,
+    family: str | None = None,
 ) -> LaunchPlan:
     """Decide everything. Pure: the same arguments give the same plan.
 
     machines   one for each node; on one machine that plays several nodes the same one repeated
     assumed    the machines after the first were not asked
+    family     of the model (`model_config.family_of`), None where it is not known yet
     UserError when what was asked for cannot be done.
     """
     reasons: list[Reason] = []
@@ -109,18 +112,8 @@ def make_plan(
     accelerator, world_size = layout.accelerator, layout.world_size
     strategy = _strategy(config, machines, accelerator, reasons)
     _check_packages(strategy, machines)
-    carried = entry(strategy).tasks
-    if carried is not None and config.task not in carried:
-        raise UserError(
-            f"the strategy {strategy} does not train {config.task}: it has {', '.join(carried)} only, "
-            "since of mindone's other heads none was compared with torch's. Use --strategy ddp, zero1, "
-            "zero2 or zero3 on CUDA or a CPU."
-        )
-    if entry(strategy).package == "mindspore" and config.model.gradient_checkpointing:
-        raise UserError(
-            f"model.gradient_checkpointing is set, and --strategy {strategy} has none: mindone's models "
-            "do not offer it. Leave it out and use a smaller train.per_device_train_batch_size."
-        )
+    if entry(strategy).package == "mindspore":
+        _check_mindspore(config, strategy, mode, family)
     if mode == "train":
         _check_lora(config, strategy, machines, reasons)
     precision = _precision(config, machines, accelerator, strategy, reasons)
@@ -187,6 +180,29 @@ def _strategy(
         why += f"; {STRATEGIES[fitting[0]].package} is not installed"
     reasons.append(Reason(choice="strategy", value=chosen, why=why))
     return chosen
+
+
+def _check_mindspore(config: RunConfig, strategy: str, mode: str, family: str | None) -> None:
+    """UserError for what mindone's models do not do, or do otherwise than torch's."""
+    if config.model.gradient_checkpointing:
+        raise UserError(
+            f"model.gradient_checkpointing is set, and --strategy {strategy} has none: mindone's models "
+            "do not offer it. Leave it out and use a smaller train.per_device_train_batch_size."
+        )
+    if config.data.packing == "samples" and mode == "train":
+        raise UserError(
+            f"data.packing is samples, and --strategy {strategy} cannot keep the samples of a row apart: "
+            "mindone's models look at all that stands before a token, whatever its position. Set "
+            "data.packing to none (or concatenate, for plain texts), or use --strategy ddp."
+        )
+    families = entry(strategy).families
+    if families is not None and config.task not in families:
+        raise UserError(
+            f"the strategy {strategy} does not train {config.task}: it has {', '.join(families)}. Use "
+            "--strategy ddp, zero1, zero2 or zero3 on CUDA or a CPU."
+        )
+    if family is not None:
+        check_family(config.task, family, config.model)
 
 
 def _check_deepspeed(

@@ -80,16 +80,23 @@ def check_model_folder(options: ModelOptions, *, or_adapter: bool = False) -> No
         )
 
 
-def model_type_of(options: ModelOptions) -> str | None:
-    """The architecture family of a local model whose code is the library's own; never asks the hub."""
+def family_of(options: ModelOptions) -> str | None:
+    """What config.json of a local model calls its architecture, if its code is the library's own; never
+    asks the hub.
+    """
     name = str(options.name_or_path)
     if options.trust_remote_code or not looks_local(name):
         return None
     try:
         config = json.loads((Path(name).expanduser() / "config.json").read_bytes())
-        model_type = str(config["model_type"]).replace("-", "_")
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(config["model_type"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def model_type_of(options: ModelOptions) -> str | None:
+    """The same as the name of transformers' module."""
+    model_type = (family_of(options) or "").replace("-", "_")
     return model_type if model_type.isidentifier() else None
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.strategies.mindspore_models import FAMILIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +25,7 @@ class StrategyEntry:
     bf16_on          the same for bf16
     scheduler        the ranks meet at a process of MindSpore's own instead of a store in rank 0
     zero_stage       of DeepSpeed; None without it
-    tasks            that it can train; None for all
+    families         of models that it can train, by task; None for all
     """
 
     implementation: str
@@ -36,7 +38,7 @@ class StrategyEntry:
     also: tuple[str, ...] = ()
     zero_stage: int | None = None
     at_least: str = "0"
-    tasks: tuple[str, ...] | None = None
+    families: Mapping[str, tuple[str, ...]] | None = None
 
     def runs(self, precision: str, accelerator: str) -> bool:
         """Whether the precision can be had on that accelerator."""
@@ -93,8 +95,7 @@ STRATEGIES: dict[str, StrategyEntry] = {
         bf16_on=("ascend",),
         scheduler=True,
         at_least="2.7",
-        # Of mindone's other heads none was ever compared with torch's.
-        tasks=("text-classification",),
+        families=FAMILIES,
     ),
 }
 

@@ -14,6 +14,8 @@ from ftlaunch.launcher.config import load_config
 from ftlaunch.launcher.plan import LaunchPlan, make_plan
 from ftlaunch.launcher.ranks import rank_starts
 from ftlaunch.launcher.site import find_site
+from ftlaunch.strategies.data.tasks import TASKS
+from ftlaunch.strategies.mindspore_models import FAMILIES
 
 CPU = Machine(
     hostname="here",
@@ -42,12 +44,12 @@ GPU = replace(
 HERE = Network(address="127.0.0.1", interfaces=("lo", "lo"))
 
 
-def _plan(*machines, **flags):
+def _plan(*machines, family=None, mode="train", **flags):
     overrides = flags.pop("overrides", [])
     config = load_config(file=None, flags=flags, overrides=overrides)
     site = find_site(config.cluster, {})
     machines = machines or (CPU,) * len(site.hosts)
-    return make_plan(config, machines, site, output_dir="out")
+    return make_plan(config, machines, site, output_dir="out", mode=mode, family=family)
 
 
 def test_four_nodes_on_one_cpu_machine():
@@ -129,11 +131,6 @@ def test_the_plan_survives_json(tmp_path):
         ((), {"cluster": "ssh"}, "no hosts are named"),
         ((), {"hostfile": "hosts"}, "hostfile"),
         ((), {"task": "text-clasification"}, "text-classification"),
-        (
-            (replace(CPU, versions={"mindspore": "2.10.0", "mindone": "0.5.0"}),),
-            {"task": "causal-lm"},
-            "strategy mindspore does not train causal-lm.* Use --strategy ddp",
-        ),
     ],
 )
 def test_what_cannot_be_done_is_said(machines, flags, message):
@@ -153,3 +150,51 @@ def test_the_plan_says_what_an_adapter_leaves_frozen(task, frozen):
     plan = _plan(machine, overrides=[f"task={task}", "lora.r=8"])
     [reason] = [reason for reason in plan.reasons if reason.choice == "adapter"]
     assert (reason.value, reason.why) == ("LoRA, rank 8", f"all-linear; {frozen}")
+
+
+MINDSPORE = replace(CPU, versions={"mindspore": "2.10.0", "mindone": "0.5.0"})
+
+
+@pytest.mark.parametrize(
+    ("task", "family", "message"),
+    [
+        (
+            "text-classification",
+            "deberta-v2",
+            "'deberta-v2' model, which mindone does not have for text-cl",
+        ),
+        ("token-classification", "qwen2", "keeps with the probability with which it should drop"),
+        ("token-classification", "llama", "automatic classes do not have for token-classification"),
+        ("causal-lm", "bert", "would see the tokens that it is to predict.*: falcon, gemma, llama"),
+        ("causal-lm", "stablelm", "logits of the last token only"),
+        ("masked-lm", "electra", "automatic classes do not have for masked-lm"),
+        (
+            "masked-lm",
+            "modernbert",
+            "compared with torch's.* Nearest to it: .*bert.*--strategy ddp",
+        ),
+    ],
+)
+def test_families_that_mindspore_does_not_train(task, family, message):
+    with pytest.raises(UserError, match=message):
+        _plan(MINDSPORE, task=task, family=family)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_families_that_mindspore_trains(task):
+    for family in FAMILIES[task]:
+        assert _plan(MINDSPORE, task=task, family=family).strategy == "mindspore"
+    # Of a model on the hub it is not known yet.
+    assert _plan(MINDSPORE, task=task).strategy == "mindspore"
+
+
+def test_mindspore_does_not_pack_samples():
+    packed = {"task": "causal-lm", "overrides": ["data.packing=samples"]}
+    with pytest.raises(
+        UserError, match=r"packing is samples.*cannot keep the samples of a row apart"
+    ):
+        _plan(MINDSPORE, **packed)
+    assert _plan(MINDSPORE, **packed, mode="eval").strategy == "mindspore"
+    assert _plan(**packed).strategy == "ddp"
+    joined = {"task": "causal-lm", "overrides": ["data.packing=concatenate"]}
+    assert _plan(MINDSPORE, **joined).strategy == "mindspore"

@@ -12,6 +12,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
+from mindone.transformers import activations
 from mindspore import mint, ops
 
 from ftlaunch.strategies.mindspore.dropout import draw_mask
@@ -236,7 +237,8 @@ REPLACEMENTS: tuple[Replacement, ...] = (
     ),
     Replacement(
         "mint.nn.functional.gelu",
-        ((_F, "gelu"),),
+        # The second is made of the first when mindone is imported.
+        ((_F, "gelu"), (activations.gelu, "act")),
         lambda: _F.gelu(_sample(2, 3)),
         _gelu,
     ),

@@ -17,7 +17,6 @@ import numpy as np
 from mindspore import ops
 from numpy.typing import NDArray
 
-from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.base import (
     Batch,
     StateReader,
@@ -30,7 +29,6 @@ from ftlaunch.strategies.loss_scale import LossScaler
 from ftlaunch.strategies.mindspore.adamw import MOMENTS, AdamW
 from ftlaunch.strategies.mindspore.dropout import make_dropout_stateless, seed_dropout
 from ftlaunch.strategies.mindspore.forward import (
-    LOSSES,
     check_padding_inside,
     logits_of,
     pad_to_buckets,
@@ -44,6 +42,7 @@ from ftlaunch.strategies.mindspore.group import (
     sum_across_ranks,
     use_device,
 )
+from ftlaunch.strategies.mindspore.losses import LOSSES, token_scores
 from ftlaunch.strategies.mindspore.model import NamedModel, load_model, model_files, set_values
 from ftlaunch.strategies.model_config import max_length_of
 from ftlaunch.strategies.shares import own_runs
@@ -55,11 +54,6 @@ _BUCKET_ELEMENTS = 1 << 24
 
 def create(request: StrategyRequest) -> MindSporeDataParallel:
     """Collective: join the group and load the model. UserError when it cannot be had."""
-    if request.loss not in LOSSES:
-        raise UserError(
-            "texts with several labels cannot be trained with MindSpore: it has the losses "
-            f"{', '.join(LOSSES)} only. Use --strategy ddp on CUDA or a CPU."
-        )
     use_device(request)
     make_dropout_stateless()
     if request.accelerator == "cpu":
@@ -86,7 +80,8 @@ class MindSporeDataParallel:
         self._named = named
         self._accelerator = request.accelerator
         self._pad_token_id = request.pad_token_id
-        self._checks_padding = named.model.config.model_type == "qwen2"
+        looks_for_last = request.head == "sequence-classification"
+        self._checks_padding = looks_for_last and named.model.config.model_type == "qwen2"
         self._max_length = max_length_of(named.model.config.to_dict())
         self._loss = LOSSES[request.loss]
         self._max_grad_norm = train.max_grad_norm
@@ -241,7 +236,13 @@ class MindSporeDataParallel:
         return result
 
     def score(self, batch: Batch) -> TokenScores:
-        raise NotImplementedError("the plan lets no task with labels of tokens come here")
+        self.model.set_train(False)
+        rows, length = batch.labels.shape
+        known = self._in_known_shape(batch, "eval")
+        found = token_scores(logits_of(self._forward, known), known.labels)
+        return TokenScores(
+            losses=found.losses[:rows, :length].copy(), winners=found.winners[:rows, :length].copy()
+        )
 
     def sum_across_ranks(self, values: NDArray[Any]) -> NDArray[Any]:
         return sum_across_ranks(self.world, values)

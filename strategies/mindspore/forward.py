@@ -1,36 +1,16 @@
-"""Forward passes of a MindSpore model: the summed loss of a micro-batch, and logits for evaluation."""
+"""Forward passes of a MindSpore model: its logits of a micro-batch, and batches in few shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import ops
 from numpy.typing import NDArray
 
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.base import Batch
-
-LossSum = Callable[[Any, NDArray[Any], NDArray[np.float32]], Any]
-
-
-def cross_entropy_sum(logits: Any, labels: NDArray[Any], weights: NDArray[np.float32]) -> Any:
-    """Sum over rows of weight · −log softmax(logits)[label]; logits (rows, classes)."""
-    chosen = np.zeros(tuple(logits.shape), dtype=np.float32)
-    chosen[np.arange(len(labels)), labels] = weights
-    return -(ops.log_softmax(logits.astype(ms.float32), -1) * ms.Tensor(chosen)).sum()
-
-
-def squared_error_sum(logits: Any, labels: NDArray[Any], weights: NDArray[np.float32]) -> Any:
-    """Sum over rows of weight · (logit − target)²; logits (rows, 1)."""
-    targets = ms.Tensor(labels.astype(np.float32))
-    errors = logits.astype(ms.float32).squeeze(-1) - targets
-    return (ms.Tensor(weights) * ops.square(errors)).sum()
-
-
-LOSSES: dict[str, LossSum] = {"cross_entropy": cross_entropy_sum, "mse": squared_error_sum}
+from ftlaunch.strategies.data.tasks import UNSUPERVISED
 
 
 def check_padding_inside(batch: Batch, pad_token_id: int) -> None:
@@ -48,7 +28,7 @@ def check_padding_inside(batch: Batch, pad_token_id: int) -> None:
 
 
 def logits_of(model: Any, batch: Batch) -> Any:
-    """(rows, outputs)"""
+    """(rows, outputs), or (rows, length, outputs) of a model with outputs for tokens."""
     inputs = {name: ms.Tensor(values) for name, values in batch.inputs.items()}
     return model(**inputs, return_dict=True).logits
 
@@ -72,17 +52,22 @@ def pad_to_buckets(
     # A row without any token to attend to would be a softmax over nothing.
     inputs["attention_mask"][present:, 0] = 1
 
-    def fill(values: NDArray[Any], filler: float) -> NDArray[Any]:
-        result = np.full((rows,), filler, dtype=values.dtype)
-        result[:present] = values
+    # Labels of tokens are as wide as the inputs; those of several outputs are not whole numbers.
+    for_tokens = batch.labels.ndim == 2 and batch.labels.dtype.kind == "i"
+    width = (target,) if for_tokens else batch.labels.shape[1:]
+
+    def fill(values: NDArray[Any], filler: float, *shape: int) -> NDArray[Any]:
+        result = np.full((rows, *shape), filler, dtype=values.dtype)
+        result[tuple(map(slice, values.shape))] = values
         return result
 
     return Batch(
         inputs=inputs,
-        labels=fill(batch.labels, 0),
-        weights=fill(batch.weights, 0),
+        labels=fill(batch.labels, UNSUPERVISED if for_tokens else 0, *width),
+        weights=fill(batch.weights, 0, *width),
         indices=fill(batch.indices, -1),
         seed=batch.seed,
+        lengths=None if batch.lengths is None else fill(batch.lengths, 0),
     )
 
 

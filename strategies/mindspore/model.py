@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +10,19 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindone.transformers import AutoModelForSequenceClassification, modeling_utils
-from mindspore import mint, nn
+from mindone.transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    modeling_utils,
+)
+from mindone.transformers.generation import GenerationMixin
+from mindspore import mint, nn, ops
 from numpy.typing import NDArray
 
-from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.base import StrategyRequest
+from ftlaunch.strategies.mindspore_models import check_family
 from ftlaunch.strategies.options import ModelOptions
 from ftlaunch.strategies.pretrained import (
     be_quiet,
@@ -42,26 +48,14 @@ _CELL_NAMES: tuple[tuple[type, Mapping[str, str]], ...] = (
 )
 
 
-# Whose logits and gradients are torch's, to 1e-5 (mindone 0.5 beside transformers 5.23, on a CPU).
-COMPARED_FAMILIES = (
-    "albert",
-    "bert",
-    "camembert",
-    "distilbert",
-    "electra",
-    "falcon",
-    "gemma",
-    "layoutlm",
-    "llama",
-    "megatron-bert",
-    "mobilebert",
-    "phi",
-    "qwen2",
-    "rembert",
-    "roberta",
-    "stablelm",
-    "xlm-roberta",
-)
+# Families whose weight that head and embeddings share goes by the head's name in torch.
+_HEAD_FIRST = ("camembert", "xlm-roberta")
+_HEADS: dict[str, Any] = {
+    "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "causal-lm": AutoModelForCausalLM,
+    "masked-lm": AutoModelForMaskedLM,
+}
 _FLOATS = (ms.float32, ms.float16, ms.bfloat16, ms.float64)
 
 
@@ -77,7 +71,10 @@ class NamedModel:
         self.parameters: dict[str, Any] = {}
         self.aliases: dict[str, str] = {}
         first: dict[int, str] = {}
-        for path, cell in model.cells_and_names():
+        cells = list(model.cells_and_names())
+        if model.config.model_type in _HEAD_FIRST:
+            cells.sort(key=lambda named: not named[0].startswith("lm_head"))
+        for path, cell in cells:
             known: dict[str, str] = {}
             for kind, names in _CELL_NAMES:
                 if isinstance(cell, kind):
@@ -106,7 +103,7 @@ def load_model(request: StrategyRequest) -> NamedModel:
     be_quiet()
     options = request.options.model
     config = load_config(request)
-    named = NamedModel(_build(config, options))
+    named = NamedModel(_build(request.head, config, options))
     weights = {
         n: p for n, p in named.parameters.items() if not n.endswith(("running_mean", "running_var"))
     }
@@ -123,41 +120,34 @@ def load_model(request: StrategyRequest) -> NamedModel:
     return named
 
 
-def _check_family(config: Any, options: ModelOptions) -> None:
-    """UserError for a family that mindone lacks, or computes otherwise for all that is known."""
-    family = config.model_type
-    if family in COMPARED_FAMILIES:
-        return
-    known = {each.model_type for each in AutoModelForSequenceClassification._model_mapping}
-    what = (
-        "which mindone has, but whose numbers were never compared with torch's: others of its models "
-        "turned out to compute something else"
-        if family in known
-        else "which mindone does not have for classification"
-    )
-    near = difflib.get_close_matches(family, COMPARED_FAMILIES, n=3, cutoff=0.4)
-    nearest = f" Nearest to it: {', '.join(near)}." if near else ""
-    raise UserError(
-        f"{options.name_or_path} is a {family!r} model, {what}.{nearest} What can be trained with "
-        f"MindSpore: {', '.join(COMPARED_FAMILIES)}. Choose one of these, or train it with "
-        "--strategy ddp on CUDA or a CPU."
-    )
-
-
-def _build(config: Any, options: ModelOptions) -> Any:
-    _check_family(config, options)
+def _build(head: str, config: Any, options: ModelOptions) -> Any:
+    check_family(head, config.model_type, options)
     # Every weight is set below; what mindone would draw is wasted, and needs kernels that CPUs lack.
     modeling_utils._init_weights = False
     # What config.json says is the files' dtype; the weights that are trained are fp32.
     config.dtype = "float32"
     try:
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = _HEADS[head].from_config(config)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise cannot_load(options, error) from error
     finally:
         modeling_utils._init_weights = True
     model.tie_weights()
+    _use_late_biases(model)
     return model
+
+
+def _use_late_biases(model: Any) -> None:
+    """Heads of language models are made without a bias and are given one afterwards, which a Dense
+    that was made without passes over.
+    """
+    for _, cell in model.cells_and_names():
+        if (
+            isinstance(cell, nn.Dense)
+            and not cell.has_bias
+            and cell._params.get("bias") is not None
+        ):
+            cell.has_bias, cell.bias_add = True, ops.BiasAdd()
 
 
 def _load_weights(
@@ -165,7 +155,11 @@ def _load_weights(
 ) -> set[str]:
     """Take what the files have; the names of the parameters that they lack."""
     shapes = {name: tuple(parameter.shape) for name, parameter in weights.items()}
-    found = stored_weights(options, named.parameters, named.base_prefix)
+    found = stored_weights(options, [*named.parameters, *named.aliases], named.base_prefix)
+    for alias, name in named.aliases.items():
+        # Of a weight that is shared, files have one name or another.
+        if alias in found:
+            found.setdefault(name, found[alias])
     missing = missing_names(found, shapes)
     check_missing(missing, shapes, named.base_prefix, options, trained_head=trained_head)
     try:
@@ -205,4 +199,6 @@ def model_files(model: Any) -> dict[str, bytes]:
     config.dtype = "float32"
     with tempfile.TemporaryDirectory(prefix="ftlaunch-") as folder:
         config.save_pretrained(folder)
+        if isinstance(model, GenerationMixin):
+            model.generation_config.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}

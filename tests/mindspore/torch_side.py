@@ -2,6 +2,7 @@
 
 python -m tests.mindspore.torch_side gradient FOLDER STEP OUT.npz
 python -m tests.mindspore.torch_side logits MODEL_FOLDER IDS.npy OUT.npy
+python -m tests.mindspore.torch_side heads FOLDER
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from ftlaunch.cluster.world import World
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -30,11 +34,11 @@ def torch_command() -> tuple[str, ...]:
     return (str(TORCH_PYTHON), "-m", "ftlaunch.launcher")
 
 
-def run_torch(*arguments: object) -> None:
+def run_torch(*arguments: object, timeout: float = 120) -> None:
     """Run this file beside torch."""
     python, *_ = torch_command()
     command = [python, "-m", "tests.mindspore.torch_side", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -43,7 +47,6 @@ def _gradient(folder: Path, step: int, out: Path) -> None:
     import torch
     from torch.nn import functional
 
-    from ftlaunch.cluster.world import World
     from ftlaunch.strategies.torch.ddp import create
 
     world = World.alone()
@@ -73,9 +76,73 @@ def _logits(folder: Path, ids: Path, out: Path) -> None:
     np.save(out, logits.numpy())
 
 
+def _heads(root: Path) -> None:
+    """Models with random weights, biases too, and what torch computes of them: see `test_tasks`."""
+    import torch
+    import transformers
+
+    from tests.mindspore import heads
+
+    classes = {
+        "token-classification": transformers.AutoModelForTokenClassification,
+        "causal-lm": transformers.AutoModelForCausalLM,
+        "masked-lm": transformers.AutoModelForMaskedLM,
+    }
+    for head, family in heads.PAIRS:
+        config = transformers.AutoConfig.for_model(
+            **heads.config_of(family), num_labels=len(heads.TAGS)
+        )
+        for name, value in config.to_dict().items():
+            if "dropout" in name or name.endswith("pdrop"):
+                setattr(config, name, 0.0 if value is None else type(value)(0))
+        config.classifier_dropout = 0.0
+        torch.manual_seed(0)
+        model = classes[head].from_config(config).float().train()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                is_norm = parameter.dim() == 1 and "norm" in name.lower() and "weight" in name
+                parameter.copy_(float(is_norm) + 0.1 * torch.randn_like(parameter))
+        folder = root / f"{head}-{family}"
+        model.save_pretrained(folder)
+        order = heads.windows(World.alone(), head, pad_token_id=0, micro_batch=1).order
+        steps = (0, 1) if (head, family) in heads.WINDOW_PAIRS else (1,)
+        for step in steps:
+            _expect(folder / f"{step}.npz", model, head, order.global_batch(step))
+
+
+def _expect(out: Path, model: Any, head: str, indices: NDArray[np.int64]) -> None:
+    """Logits, losses of the tokens, and gradients of torch's own mean, of these samples in one piece."""
+    import torch
+    from torch.nn import functional
+
+    from ftlaunch.strategies.torch.model import aliases_of
+    from tests.mindspore import heads
+
+    batch = heads.padded(head, indices, int(model.config.pad_token_id))
+    ids, mask, labels = (torch.from_numpy(batch[name]) for name in ("ids", "mask", "labels"))
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    flat, wanted = logits.flatten(0, 1), labels.flatten()
+    model.zero_grad()
+    torch.autograd.backward(functional.cross_entropy(flat, wanted))
+    losses = functional.cross_entropy(flat.detach(), wanted, reduction="none")
+    found: dict[str, Any] = {
+        "indices": indices,
+        "losses": losses.reshape(labels.shape).numpy(),
+        "logits": logits.detach().numpy(),
+        "aliases": np.array([f"{n} {m}" for n, m in sorted(aliases_of(model).items())], dtype=str),
+        **batch,
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[f"gradient {name}"] = parameter.grad.numpy()
+    np.savez(out, **found)
+
+
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     if what == "gradient":
         _gradient(Path(rest[0]), int(rest[1]), Path(rest[2]))
+    elif what == "heads":
+        _heads(Path(rest[0]))
     else:
         _logits(*map(Path, rest))
