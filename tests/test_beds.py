@@ -61,7 +61,9 @@ def test_a_warning_reaches_steps_or_the_batch_shell(
     cluster: SlurmBed, tmp_path: Path, batch: bool, heard: str
 ) -> None:
     out = tmp_path / "out"
-    listen = "trap 'echo {0} hears' USR1; echo {0} ready; while sleep 0.1; do :; done"
+    # A step's signal goes to the sleep as well, which dies of it: as the loop's condition it ended
+    # the loop, and the shell could be gone before its own signal came.
+    listen = "trap 'echo {0} hears' USR1; echo {0} ready; while :; do sleep 0.1; done"
     (tmp_path / "step.sh").write_text(listen.format("step"))
     script = tmp_path / "job.sh"
     script.write_text(
