@@ -54,7 +54,7 @@ class Outcome:
     """How one attempt ended.
 
     left_behind   processes that outlived the rank that had started them
-    stop_signal   by which the user asked the ranks to stop
+    stop_signal   by which the user asked the ranks to stop, before any had failed
     remarks       what changed nothing, and should be known
     """
 
@@ -95,7 +95,8 @@ class Attempt:
         self.failures: list[Failure] = []
         self.left_behind = 0
         # The signal by which the user asked the ranks to stop.
-        self.stop_signal: int | None = None
+        self._stop_signal: int | None = None
+        self._failed_before_stop = False
 
     @property
     def over(self) -> bool:
@@ -156,6 +157,11 @@ class Attempt:
         elif isinstance(event, Stack):
             self._stacks[event.rank] = event
 
+    def stop(self, number: int) -> None:
+        """The ranks are asked to stop, by a signal of this number."""
+        self._stop_signal = number
+        self._failed_before_stop = bool(self.failures)
+
     def lose_node(self, node: int, reason: str) -> None:
         """Its agent is gone, or nothing was heard of it."""
         self._fail_node(node, f"the agent on {self._node_names[node]}", "lost", reason)
@@ -167,7 +173,15 @@ class Attempt:
         for number, failure in enumerate(self.failures):
             if _is_of_server(failure, event):
                 if event.how != "gone":
-                    self.failures[number] = replace(failure, subject=subject, title=event.how)
+                    rank = ranks[0] if ranks else failure.rank
+                    self.failures[number] = replace(
+                        failure,
+                        rank=rank,
+                        node=self.node_of(rank),
+                        subject=subject,
+                        title=event.how,
+                        log_path=self._logs.get(rank, ""),
+                    )
                 self._running.difference_update(ranks)
                 return
         if ranks:
@@ -216,9 +230,9 @@ class Attempt:
         if not self._passes_code and event.code == EXIT_STOPPED:
             return True
         # The signal itself ends a rank that has not come to the point of handling it.
-        return self.stop_signal is not None and event.signal in (
+        return self._stop_signal is not None and event.signal in (
             signal.SIGTERM,
-            self.stop_signal,
+            self._stop_signal,
         )
 
     def _has_said_why(self, rank: int, code: int | None) -> bool:
@@ -321,12 +335,13 @@ class Attempt:
                 ending="failed",
                 verdict=verdict,
                 left_behind=self.left_behind,
+                stop_signal=None if self._failed_before_stop else self._stop_signal,
                 remarks=tuple(self._remarks),
             )
         return Outcome(
             ending="stopped" if stopped else "done",
             left_behind=self.left_behind,
-            stop_signal=self.stop_signal,
+            stop_signal=self._stop_signal,
             remarks=tuple(self._remarks),
         )
 

@@ -275,9 +275,10 @@ class Coordinator:
             self.on_tick()
             if self._signals.first is not None and stop_deadline is None:
                 stop_deadline = time.monotonic() + stop_seconds
-                attempt.stop_signal = self._signals.first if forwards_signal else signal.SIGTERM
+                number = self._signals.first if forwards_signal else signal.SIGTERM
+                attempt.stop(number)
                 on_stop()
-                self._nodes.tell(Stop(signal=attempt.stop_signal))
+                self._nodes.tell(Stop(signal=number))
             if self._signals.hurry:
                 self.kill(at_once=True)
                 return Outcome(ending="interrupted")

@@ -77,7 +77,7 @@ class ForkLink:
         if not self.flush():
             return False
         if self._unsent or not self._takes(message, descriptors):
-            self._unsent.append((message, [os.dup(each) for each in descriptors]))
+            self._unsent.append((message, _duplicates(descriptors)))
         return not self._is_gone
 
     @property
@@ -132,6 +132,17 @@ class ForkLink:
             _close_all(descriptors)
         self._unsent.clear()
         self._socket.close()
+
+
+def _duplicates(descriptors: Sequence[int]) -> list[int]:
+    copies: list[int] = []
+    try:
+        for descriptor in descriptors:
+            copies.append(os.dup(descriptor))
+    except OSError as error:
+        _close_all(copies)
+        raise JobError(f"a rank's files could not be kept open: {error.strerror}") from None
+    return copies
 
 
 def _close_all(descriptors: Sequence[int]) -> None:

@@ -59,8 +59,11 @@ def run_attempts(
         restart = decide(outcome.verdict.first)
         if restart is None:
             return outcome
+        if outcome.stop_signal is not None:
+            # What was asked for was not done: neither a stop nor a checkpoint.
+            return outcome
         if coordinator.stop_requested:
-            # It may have come while the ranks of a failure were being ended.
+            # It came after the failure, while the ranks were being ended.
             return _stopped(coordinator, outcome)
         on_restart(restart)
         timeline.add(f"restart {policy.restarts}" if not restart.halves_micro_batch else "restart")
@@ -81,13 +84,18 @@ def _stopped(coordinator: Coordinator, failed: Outcome) -> Outcome:
     """Instead of another attempt: the failure would have been made good, and what was saved is there."""
     assert failed.verdict is not None
     first = failed.verdict.first
-    remark = f"{first.subject}: {first.title}; a stop was asked for, so it is not started again"
+    remark = (
+        f"{first.subject}: {first.title}; a stop was asked for, so it is not started again; "
+        f"log: {first.log_path}"
+    )
     remarks = (*failed.remarks, remark)
-    if coordinator.hurried:
-        return Outcome(ending="interrupted", remarks=remarks)
     name = coordinator.stop_signal
-    return Outcome(
-        ending="stopped", stop_signal=signal.Signals[name] if name else None, remarks=remarks
+    return replace(
+        failed,
+        ending="interrupted" if coordinator.hurried else "stopped",
+        verdict=None,
+        stop_signal=signal.Signals[name] if name else None,
+        remarks=remarks,
     )
 
 

@@ -391,7 +391,7 @@ class _Job:
         elif outcome.ending == "done":
             self._console.done(summary)
         elif outcome.ending == "stopped":
-            self._console.say(self._how_to_go_on())
+            self._console.say(self._how_to_go_on(recorder.totals().optimizer_steps))
         else:
             self._console.say("ended at once; the last whole checkpoint stays")
         self._timeline.add(f"exit code {code}")
@@ -423,11 +423,18 @@ class _Job:
         codes = {"done": EXIT_DONE, "stopped": EXIT_STOPPED, "interrupted": EXIT_INTERRUPTED}
         return None, codes[outcome.ending]
 
-    def _how_to_go_on(self) -> str:
-        step = self._record.last_saved_step
-        if not step:
-            return "stopped before the first step; run the same command to begin again"
-        return f"stopped after step {step}, saved in {self._folder}; run the same command to go on"
+    def _how_to_go_on(self, done: int) -> str:
+        """The last step is not saved if the stop came while the ranks of a failure were ended."""
+        saved = self._record.last_saved_step
+        if not saved:
+            when = f"after step {done}, before a checkpoint" if done else "before the first step"
+            return f"stopped {when}; run the same command to begin again"
+        if saved < done:
+            return (
+                f"stopped after step {done}; step {saved} is saved in {self._folder}; run the same "
+                "command to go on from there"
+            )
+        return f"stopped after step {saved}, saved in {self._folder}; run the same command to go on"
 
     def _summary(
         self,
@@ -464,6 +471,7 @@ class _Job:
             "eval": dict(finished.metrics if finished else totals.eval),
             "model_dir": finished.model_dir if finished else None,
             "failure": verdict_json(verdict),
+            "remarks": list(outcome.remarks),
             "predictions": self._predictions(code),
         }
 

@@ -265,6 +265,7 @@ class _ScriptJob:
             "restarts": self._restarts,
             "seconds": time.monotonic() - self._timeline.started,
             "failure": verdict_json(outcome.verdict),
+            "remarks": list(outcome.remarks),
         }
         try:
             write_json(self._folder / "summary.json", summary)

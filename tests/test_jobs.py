@@ -222,7 +222,9 @@ def test_a_forked_rank_finds_everything_imported(inputs, done):
     # Every import is written to stderr, which is a rank's log.
     result = ftlaunch(*inputs.command(out, *once), env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert result.returncode == 0, said(result)
-    for path in sorted((out / "logs").glob("rank-*.log")):
+    logs = sorted((out / "logs").glob("rank-*.log"))
+    assert len(logs) == summary_of(out)["world_size"]
+    for path in logs:
         lines = re.findall(r"^import time: .*\|\s*([\w.]+)$", path.read_text(), re.MULTILINE)
         assert "xxhash" in lines, "the imports of ranks are not seen"
         assert len(lines) < 20, lines
@@ -401,6 +403,34 @@ def test_a_killed_rank_without_restarts_ends_the_job(inputs, tmp_path):
     assert (summary["status"], summary["exit_code"], summary["restarts"]) == ("failed", 1, 0)
     assert (summary["failure"]["rank"], summary["failure"]["cause"]) == (1, "signal")
     assert assert_every_checkpoint_whole(out)
+    assert_no_process_left(out)
+
+
+def test_a_stop_while_the_ranks_of_a_failure_are_ended(inputs, tmp_path):
+    out = tmp_path / "out"
+    with start(*inputs.endless(out)) as process:
+        wait_for_checkpoint(process, out, 13)
+        # It does not end its rank before it goes on.
+        agent = agent_processes(out)[0]
+        os.kill(agent, signal.SIGSTOP)
+        os.kill(rank_process(out, 1), signal.SIGKILL)
+        time.sleep(1.5)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        os.kill(agent, signal.SIGCONT)
+        result = finish(process, 30)
+    assert result.returncode == 75, said(result)
+    saved, done = assert_every_checkpoint_whole(out)[-1], metrics_of(out)[-1]["step"]
+    # What it says is saved is what is there, whether or not a step came after it.
+    after = f"stopped after step {saved}, saved in {out}; run the same command to go on\n"
+    if saved < done:
+        after = f"stopped after step {done}; step {saved} is saved in {out}; run the same command"
+    assert after in result.stdout, said(result)
+    remark = "rank 1 on node1: killed by SIGKILL; a stop was asked for, so it is not started again"
+    assert f"warning: {remark}; log: {out}/logs/" in result.stdout
+    summary = summary_of(out)
+    assert (summary["status"], summary["stop_signal"]) == ("stopped", "SIGTERM")
+    assert summary["remarks"][0].startswith(remark)
     assert_no_process_left(out)
 
 

@@ -343,11 +343,38 @@ def test_a_stop_while_the_ranks_of_a_failure_are_ended(here):
     assert result.returncode == 143, said(result)
     assert (
         "warning: rank 1 on node1: killed by SIGKILL; a stop was asked for, so it is not started "
-        "again\n"
+        f"again; log: {out}/logs/rank-00001.log\n"
     ) in result.stdout
     summary = summary_of(out)
+    assert "killed by SIGKILL" in summary["remarks"][0]
     assert (summary["status"], summary["stop_signal"]) == ("stopped", "SIGTERM")
     assert summary["restarts"] == 0
+    assert_no_process_left(out)
+
+
+def test_a_crash_after_a_stop_is_a_failure(here):
+    script = """
+        import os, signal, time
+        if os.environ["RANK"] == "1":
+            signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGSEGV))
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("ready", flush=True)
+        while True:
+            time.sleep(0.01)
+    """
+    write(here, script)
+    out = here.parent / "out"
+    arguments = ("--nodes", 2, "-o", out, "cluster.grace_seconds=1", "script.py")
+    with start(*arguments, cwd=here, command=SCRIPT) as process:
+        wait_until(lambda: all("ready" in text for text in _texts(out)), 30, "both ranks")
+        process.send_signal(signal.SIGTERM)
+        result = finish(process, 30)
+    # Not 143, though a crash without a stop would be restarted.
+    assert result.returncode == 128 + signal.SIGSEGV, said(result)
+    summary = summary_of(out)
+    assert (summary["status"], summary["stop_signal"]) == ("failed", "SIGTERM")
+    assert summary["failure"]["rank"] == 1
     assert_no_process_left(out)
 
 

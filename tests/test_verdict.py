@@ -189,14 +189,27 @@ def test_a_fork_server_that_is_gone_takes_its_ranks_along():
         verdict = attempt.outcome().verdict
         assert (verdict.first.title, verdict.consequences) == ("killed by SIGKILL", ())
         assert verdict.first.subject == "the fork server on node1 (process 7)"
+        assert (verdict.first.rank, verdict.first.node) == (1, "node1")
 
 
 def test_a_stop_is_no_failure():
     attempt = _attempt()
-    attempt.stop_signal = signal.SIGTERM
+    attempt.stop(signal.SIGTERM)
     attempt.take(0, Exited(rank=0, code=75, signal=None, time=1.0), 0.0, None)
     attempt.take(1, Exited(rank=1, code=None, signal=15, time=1.0), 0.0, None)
     assert attempt.outcome().ending == "stopped"
+
+
+def test_an_outcome_tells_a_stop_that_failed_from_one_that_came_too_late():
+    crash = Exited(rank=1, code=None, signal=11, time=1.0)
+    stopped_first, failed_first = _attempt(), _attempt()
+    stopped_first.stop(signal.SIGTERM)
+    stopped_first.take(1, crash, 0.0, None)
+    failed_first.take(1, crash, 0.0, None)
+    failed_first.stop(signal.SIGTERM)
+    assert stopped_first.outcome().stop_signal == signal.SIGTERM
+    assert failed_first.outcome().stop_signal is None
+    assert stopped_first.outcome().ending == failed_first.outcome().ending == "failed"
 
 
 # -- stalls -------------------------------------------------------------------------------------
