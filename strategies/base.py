@@ -83,6 +83,11 @@ class StrategyRequest:
     trained_head: bool = False
     head: str = "sequence-classification"
 
+    @property
+    def packs_samples(self) -> bool:
+        """Whether a row of training data may hold several samples, kept apart by their positions."""
+        return not self.trained_head and self.options.data.packing == "samples"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:

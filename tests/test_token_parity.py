@@ -5,9 +5,12 @@ The reference is the full batch in one piece with torch's own mean, written out 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies import registry
@@ -15,6 +18,7 @@ from ftlaunch.strategies.data.arrangements import Selection
 from ftlaunch.strategies.data.packing import PackedSamples
 from ftlaunch.strategies.data.sample_order import samples_digest
 from ftlaunch.strategies.loop import Cursor, train
+from ftlaunch.strategies.options import DataOptions
 from ftlaunch.strategies.schedule import Schedule
 from ftlaunch.strategies.token_evaluation import TokenEvaluator
 from ftlaunch.strategies.torch.ddp import create
@@ -170,6 +174,41 @@ def test_samples_and_losses_are_the_same_everywhere(folders, plain, name, strate
 
 
 # -- packing ------------------------------------------------------------------------------------
+
+
+def _kept_apart(world, listen_fd, folder, name, case=None):
+    """What is said of a model that is asked to keep the samples of a row apart; "" for nothing."""
+    model = {} if case else {"random_weights": False}
+    request = CASES[case or "causal-lm-qwen2"].request(world, listen_fd, folder, model=model)
+    options = replace(request.options, data=DataOptions(packing="samples"))
+    try:
+        registry.load(name)(replace(request, options=options))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero3"])
+@pytest.mark.parametrize("family", ["opt", "bloom"])
+def test_a_model_that_does_not_keep_samples_apart_is_refused(tmp_path, family, name):
+    config = {
+        "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16, "num_attention_heads": 2},
+        "bloom": {"n_layer": 2, "n_head": 2},
+    }[family]
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 120, "init_std": 0.1}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **small, **config))
+    model.save_pretrained(tmp_path)
+    for said in run_ranks(2, _kept_apart, tmp_path, name):
+        assert said.startswith(
+            "data.packing is samples, and in this model the samples of a row see"
+        )
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("case", ["causal-lm-qwen2", "causal-lm-llama", "causal-lm-gpt2"])
+def test_a_model_that_keeps_samples_apart_is_not_refused(folders, case, name):
+    assert run_ranks(2, _kept_apart, folders[case], name, case) == ["", ""]
 
 
 def _packed_loss(world, listen_fd, folder, name, attention):

@@ -90,6 +90,8 @@ class TorchDataParallel:
             fused=True,
         )
         self._window_loss = torch.zeros((), dtype=torch.float64, device=device)
+        if request.packs_samples:
+            self._forward.check_borders(model)
 
     # -- the step ---------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.base import Batch, TokenScores
 from ftlaunch.strategies.data.tasks import UNSUPERVISED
 from ftlaunch.strategies.torch.chunked_loss import score_rows
@@ -76,6 +77,26 @@ class Forward:
             return
         with torch.autocast(self.device.type, dtype=DTYPES[self.autocast]):
             yield
+
+    def check_borders(self, model: Any) -> None:
+        """UserError for a model in which samples that share a row see each other. Collective.
+
+        Models that do not look for positions that begin anew attend across them without a word.
+        """
+        ids = torch.tensor([[1] * 4 + [1, 2] * 2, [2] * 4 + [1, 2] * 2], device=self.device)
+        positions = torch.arange(4, device=self.device).repeat(2).expand(2, 8).contiguous()
+        self.set_training(model, False)
+        with torch.no_grad(), self._precision():
+            logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        one, other = logits[:, 4:].float()
+        # The second halves are equal. Nothing but rounding may tell one from the other.
+        allowed = 1e-3 if logits.dtype == torch.float32 else 1e-2
+        if (one - other).abs().max() > allowed * one.abs().max():
+            raise UserError(
+                "data.packing is samples, and in this model the samples of a row see each other: it does "
+                "not look for positions that begin anew. Set data.packing to none (or concatenate, for "
+                "plain texts), or model.attn_implementation to sdpa or eager if it is another one."
+            )
 
     def predict(self, model: Any, batch: Batch) -> NDArray[np.float32]:
         """Logits of the rows, (rows, outputs)."""

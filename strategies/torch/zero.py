@@ -177,6 +177,8 @@ class TorchZero:
             model=model, optimizer=optimizer, config=config
         )
         self._state = ZeroState(self._engine.module, self._optimizer, stage, request.world, exact)
+        if request.packs_samples:
+            self._forward.check_borders(self._engine)
         self._enabled_scaler = request.precision == "fp16"
         if self._enabled_scaler:
             # Its configuration knows powers of two only. Too many skips are told by `training`.
