@@ -118,7 +118,8 @@ def evaluate(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
 
 def _what_to_evaluate(target: Path, name: str) -> tuple[str, dict[str, Any]]:
     """(model, the settings that its job had); a hub name stays as it is."""
-    from ftlaunch.strategies.metrics import SHIPPED_METRICS  # it loads numpy
+    from ftlaunch.strategies.data.entity_scores import TOKEN_METRICS  # they load numpy
+    from ftlaunch.strategies.metrics import SHIPPED_METRICS
 
     if not (target / "plan.json").is_file():
         return (str(target) if target.exists() else name), {}
@@ -130,7 +131,8 @@ def _what_to_evaluate(target: Path, name: str) -> tuple[str, dict[str, Any]]:
     options = LaunchPlan.read(target / "plan.json").options
     # A folder may come from somebody else: any other metric is a script that would be run.
     names = options.train.metrics
-    metrics = None if names is None else tuple(n for n in names if n in SHIPPED_METRICS)
+    known = SHIPPED_METRICS if options.task == "text-classification" else TOKEN_METRICS
+    metrics = None if names is None else tuple(n for n in names if n in known)
     defaults = {
         "output_dir": str(target / "eval"),
         "task": options.task,
@@ -143,5 +145,7 @@ def _what_to_evaluate(target: Path, name: str) -> tuple[str, dict[str, Any]]:
         "data.mlm_probability": options.data.mlm_probability,
         "data.whole_word_masking": options.data.whole_word_masking,
         "train.metrics": metrics or None,
+        # Of masked-lm it decides what is hidden.
+        "train.seed": options.train.seed,
     }
     return str(target / "model"), defaults

@@ -19,8 +19,14 @@ from ftlaunch.strategies.base import Strategy, StrategyRequest
 from ftlaunch.strategies.checkpoint.agreement import all_or_none
 from ftlaunch.strategies.checkpoint.identity import check_same_job, job_identity
 from ftlaunch.strategies.checkpoint.resuming import newest_manifest
-from ftlaunch.strategies.data.batches import Collator
-from ftlaunch.strategies.data.tasks import ModelLabels, ModelProblem, RowTask, load_task
+from ftlaunch.strategies.data.batches import EVALUATION_EPOCH, Collator
+from ftlaunch.strategies.data.tasks import (
+    UNSUPERVISED,
+    ModelLabels,
+    ModelProblem,
+    RowTask,
+    load_task,
+)
 from ftlaunch.strategies.data.token_batches import TokenCollator
 from ftlaunch.strategies.data.token_cache import Tokens, prepare_tokens
 from ftlaunch.strategies.data.token_samples import TokenSamples
@@ -263,6 +269,7 @@ def _evaluator(
     task = load_task(options.task)
     batches = make_collator(options, tokens, table, class_weights=weights, alive=alive)
     if isinstance(batches, TokenCollator):
+        _check_drawn(batches, options)
         return TokenEvaluator(
             collator=batches,
             task=batches.task,
@@ -280,6 +287,20 @@ def _evaluator(
         metrics=load_metrics(names, spec),
         micro_batch=request.eval_micro_batch,
     )
+
+
+def _check_drawn(batches: TokenCollator, options: JobOptions) -> None:
+    """UserError where evaluation has nothing to guess; that is so at every evaluation."""
+    everything = range(len(batches.table))
+    if batches.spec.drawn and not any(
+        (batches.samples(np.array([i]), EVALUATION_EPOCH)[0].labels != UNSUPERVISED).any()
+        for i in everything
+    ):
+        raise UserError(
+            f"of the {len(everything)} samples to evaluate no token was drawn to be guessed "
+            f"(data.mlm_probability is {options.data.mlm_probability:g}), so there is no loss. Evaluate "
+            "on more text, raise data.mlm_probability, or train with train.eval_strategy=no."
+        )
 
 
 def _data_ready(request: SessionRequest, tokens: Tokens, started: float) -> DataReady:

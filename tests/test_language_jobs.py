@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests import tiny, word_pieces
 from tests.jobs import (
     assert_mistake,
     assert_no_process_left,
@@ -129,6 +130,35 @@ def test_an_evaluation_alone_tells_of_each_sample(inputs, trained):
     assert found["loss"] == pytest.approx(mean)
     assert found["loss"] == pytest.approx(trained_eval["loss"], rel=1e-5)
     assert found["token_accuracy"] == pytest.approx(trained_eval["token_accuracy"])
+
+
+def test_an_evaluation_hides_what_the_jobs_own_hid(tmp_path):
+    """Its seed and its metrics, both other than the defaults, come with the job."""
+    model, data = tmp_path / "model", tmp_path / "data"
+    data.mkdir()
+    word_pieces.write_tokenizer(model)
+    config = {**tiny.CONFIGS["bert"], "vocab_size": len(word_pieces.PIECES)}
+    (model / "config.json").write_text(json.dumps(config))
+    generator = random.Random(0)
+    texts = [{"text": " ".join(generator.choices(word_pieces.WORDS, k=12))} for _ in range(24)]
+    write_rows(data / "train.jsonl", texts)
+    write_rows(data / "validation.jsonl", texts[:9])
+    command = ("--task", "masked-lm", "--model", model, "--dataset", data, "--precision", "fp32")
+    small = (f"data.cache_dir={tmp_path / 'cache'}", "train.global_batch_size=8")
+    changes = ("model.random_weights=true", "train.max_steps=2", "train.seed=7")
+    out = tmp_path / "job"
+    result = ftlaunch(*command, "-o", out, *small, *changes, "train.metrics=[token_accuracy]")
+    assert result.returncode == 0, said(result)
+    result = ftlaunch("eval", out, "--dataset", data, "--precision", "fp32", small[0])
+    assert result.returncode == 0, said(result)
+    found, of_job = summary_of(out / "eval")["eval"], summary_of(out)["eval"]
+    assert set(found) == set(of_job) == {"loss", "token_accuracy"}
+    assert found["loss"] == pytest.approx(of_job["loss"], rel=1e-5)
+    # And with nothing to guess there is nothing to say.
+    nothing = ftlaunch(
+        *command, "-o", tmp_path / "n", *small, *changes, "data.mlm_probability=1e-9"
+    )
+    assert_mistake(nothing, "9 samples to evaluate", "data.mlm_probability is 1e-09")
 
 
 def test_what_is_refused_before_anything_starts(inputs, tmp_path):
