@@ -157,7 +157,71 @@ def test_a_template_may_mark_what_is_generated(data: Data, tmp_path: Path) -> No
     )
 
 
+def test_what_a_template_puts_before_the_first_turn_is_not_learned(
+    data: Data, tmp_path: Path
+) -> None:
+    with_system = "{% if messages[0].role != 'system' %}<system> j <end> {% endif %}" + TEMPLATE
+    tokenizer = write_tokenizer(tmp_path / "system", chat_template=with_system)
+    rows = [conversation(("assistant", "a"), ("user", "b"), ("assistant", "c"))] * 2
+    assert listed(data.prepare(rows, tokenizer=tokenizer))[0] == (
+        [SYSTEM, 17, END, SAID, A, END, USER, B, END, SAID, C, END],
+        [NO, NO, NO, A, END, NO, NO, NO, NO, C, END, NO],
+    )
+
+
+def test_the_date_of_a_template_is_always_the_same(data: Data, tmp_path: Path) -> None:
+    dated = "{{ 'a' if strftime_now('%d %b %Y') == '26 Jul 2024' else 'b' }} " + TEMPLATE
+    tokenizer = write_tokenizer(tmp_path / "dated", chat_template=dated)
+    rows = [conversation(("user", "c"), ("assistant", "d"))] * 2
+    assert listed(data.prepare(rows, tokenizer=tokenizer))[0][0][0] == A
+
+
+def test_messages_may_differ_in_their_keys(data: Data) -> None:
+    first = conversation(("user", "a"), ("assistant", "b"))
+    second = conversation(("user", "a"), ("assistant", "b"))
+    second["messages"][0]["name"] = "c"
+    second["messages"][1]["tool_calls"] = [{"id": 1, "arguments": {"x": 2}}]
+    one, other = listed(data.prepare([first, second]))
+    assert one == other == ([USER, A, END, SAID, B, END], [NO, NO, NO, B, END, NO])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("packing", "samples"),
+        ("packing", "concatenate"),
+        ("long_samples", "drop"),
+        ("max_length", 3),
+    ],
+)
+def test_a_cache_is_of_its_options(data: Data, tmp_path: Path, option: str, value: Any) -> None:
+    rows = [{"text": "a b c"}, {"text": "d"}]
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    options = {"cache_dir": str(tmp_path / "cache"), "max_length": 8, "tokenizer": tokenizer}
+    first = data.prepare(rows, **options)
+    # A cache that were found by the rows and the tokenizer alone would be.
+    assert data.prepare(rows, **options).hit
+    other = data.prepare(rows, **{**options, option: value})
+    assert not other.hit and other.key != first.key
+
+
 # -- bad input ----------------------------------------------------------------------------------
+
+
+def test_a_message_that_is_no_utf8(data: Data, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    rows = [conversation(("user", "a"), ("assistant", text)) for text in "bc"]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "data" / "train.jsonl").write_bytes(lines.replace(b'"c"', b'"\xff"'))
+    write_rows(tmp_path / "data" / "test.jsonl", rows)
+    with pytest.raises(UserError, match="not UTF-8 in row 2"):
+        data.prepare(rows, name_or_path=str(tmp_path / "data"))
+
+
+def test_a_template_that_is_broken(data: Data, tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "broken", chat_template=TEMPLATE + "{{ 1 // 0 }}")
+    with pytest.raises(UserError, match=r"Row 1 .* refused .*zero"):
+        data.prepare([conversation(("user", "a"), ("assistant", "b"))], tokenizer=tokenizer)
 
 
 def test_a_chat_template_that_is_missing(data: Data, tmp_path: Path) -> None:

@@ -164,6 +164,18 @@ def test_what_is_refused(data: Data, tmp_path: Path) -> None:
     check_own_keys("masked-lm", DataOptions(mlm_probability=0.3, whole_word_masking=True))
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("mlm_probability", 0.3), ("whole_word_masking", True)]
+)
+def test_a_cache_is_of_its_options(data: Data, tmp_path: Path, option: str, value: Any) -> None:
+    options: Any = {"cache_dir": str(tmp_path / "cache")}
+    options["tokenizer"] = write_tokenizer(tmp_path / "tokenizer")
+    first = data.prepare([{"text": "anna"}], **options)
+    assert data.prepare([{"text": "anna"}], **options).hit
+    other = data.prepare([{"text": "anna"}], **{**options, option: value})
+    assert not other.hit and other.key != first.key
+
+
 # -- draws --------------------------------------------------------------------------------------
 
 

@@ -323,14 +323,6 @@ def test_tags_that_are_no_entities_have_accuracy_alone() -> None:
         choose_metrics(TASK, parts_of_speech, ("f1",))
 
 
-def test_the_metric_is_one_of_the_evaluate_library() -> None:
-    from ftlaunch.strategies.data.entity_scores import _metric_class
-
-    metric = _metric_class()()
-    scores = metric.compute(predictions=[["B-PER", "O"]], references=[["B-PER", "B-LOC"]])
-    assert scores == pytest.approx({"precision": 1.0, "recall": 0.5, "f1": 2 / 3})
-
-
 def test_the_cache_is_found_again(data: Data, tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "pieces")
     first = data.prepare([LONG], tokenizer=tokenizer, cache_dir=str(tmp_path / "cache"))

@@ -10,7 +10,7 @@ from ftlaunch.strategies.data.arrangements import supervised_only
 from ftlaunch.strategies.data.conversations import check_template, encode_conversation
 from ftlaunch.strategies.data.language_columns import Found, find_columns
 from ftlaunch.strategies.data.packing import Blocks, PackedSamples
-from ftlaunch.strategies.data.tasks import UNSUPERVISED, BadRow, Encoded, ModelLabels, TaskSpec
+from ftlaunch.strategies.data.tasks import UNSUPERVISED, Encoded, ModelLabels, TaskSpec, too_long
 from ftlaunch.strategies.data.token_outputs import (
     TokenMetric,
     TokenOutputs,
@@ -74,12 +74,7 @@ class CausalLm:
         long = [i for i, row in enumerate(ids) if len(row) > max_length]
         policy = spec.details["long_samples"]
         if long and policy == "error":
-            raise BadRow(
-                long[0],
-                f"has {len(ids[long[0]])} tokens: data.max_length is {max_length}, and "
-                "data.long_samples is error. Shorten it, raise data.max_length, or set "
-                "data.long_samples to truncate or drop.",
-            )
+            raise too_long(long[0], len(ids[long[0]]), max_length)
         for i in long:
             kept = max_length if policy == "truncate" else 0
             ids[i], learned[i] = ids[i][:kept], learned[i][:kept]

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # A template that says itself what the assistant generates.
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
+# Templates that tell the date would give other tokens tomorrow, or on another rank after midnight.
+_NO_CLOCK = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+# A text that no message begins with.
+_NOTHING_ELSE = "\0"
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -32,7 +36,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
             "messages become text. Set model.tokenizer to one that has it (mostly that of the model's "
             "chat version), or add chat_template to its tokenizer_config.json."
         )
-    if not _GENERATION.search(template) and not tokenizer.is_fast:
+    if not tokenizer.is_fast:
         raise UserError(
             "The tokenizer is one of Python alone, which does not tell where in a text a token stands: "
             "the assistant's turns could not be found. Set model.tokenizer to one with tokenizer.json."
@@ -91,11 +95,14 @@ def _spans(
         if turn["role"] != "assistant":
             continue
         until = _render(turns[: number + 1], index, tokenizer)
-        before = ""
         if number:
             before = _render(turns[:number], index, tokenizer, add_generation_prompt=True)
             if not until.startswith(before):
                 before = _render(turns[:number], index, tokenizer)
+        else:
+            # Whatever it says, this is before it: the template's own system message and the header.
+            other = _render([{**turn, "content": _NOTHING_ELSE}], index, tokenizer)
+            before = until[: _num_equal(until, other)]
         if not text.startswith(until) or not until.startswith(before):
             raise BadRow(
                 index,
@@ -107,16 +114,27 @@ def _spans(
     return spans, text
 
 
+def _num_equal(text: str, other: str) -> int:
+    """Characters that both begin with."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)))
+
+
 def _render(
     turns: list[dict[str, str]], index: int, tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> Any:
     """Text, or tokens where `options` say so. BadRow for what the template refuses."""
-    import jinja2
-
-    arguments = {"tokenize": False, "return_dict": bool(options.get("tokenize")), **options}
+    arguments = {
+        "tokenize": False,
+        "return_dict": bool(options.get("tokenize")),
+        "chat_template": _NO_CLOCK + tokenizer.get_chat_template(),
+        **options,
+    }
     try:
         return tokenizer.apply_chat_template(turns, **arguments)
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 (a template is a program of somebody else)
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BadRow(
             index,

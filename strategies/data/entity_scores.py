@@ -6,17 +6,18 @@ Knows tags of words by name, in the schemes BIO, IOBES and BILOU; nothing of mod
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ftlaunch.strategies.data.tasks import UNSUPERVISED
-from ftlaunch.strategies.metrics import import_evaluate
 
 if TYPE_CHECKING:
     from ftlaunch.strategies.data.tasks import TaskSpec
     from ftlaunch.strategies.data.token_outputs import TokenMetric, TokenOutputs
 
 ENTITY_SCORES = ("precision", "recall", "f1")
+# Of all tasks with labels of tokens: these names bring no script with them.
+TOKEN_METRICS = ("perplexity", "token_accuracy", "accuracy", *ENTITY_SCORES)
 _TAG = re.compile(r"O|[BIESLU]-.+", re.DOTALL)
 # seqeval knows BILOU's marks by their names in IOBES.
 _MARKS = {"L": "E", "U": "S"}
@@ -43,9 +44,7 @@ def entity_metric(name: str) -> TokenMetric:
 
     def compute(outputs: TokenOutputs, spec: TaskSpec) -> Mapping[str, float]:
         predicted, expected = tag_names(outputs, spec)
-        # compute() would take the tags through Arrow and back.
-        scores = _metric_class()()._compute(predictions=predicted, references=expected)
-        return {name: scores[name]}
+        return {name: entity_scores(predicted, expected)[name]}
 
     return compute
 
@@ -70,34 +69,3 @@ def entity_scores(
 
 def _as_iobes(tags: Sequence[str]) -> list[str]:
     return [_MARKS.get(tag[0], tag[0]) + tag[1:] for tag in tags]
-
-
-def _metric_class() -> Callable[[], Any]:
-    import datasets
-
-    evaluate: Any = import_evaluate()
-
-    class EntityScores(evaluate.Metric):  # type: ignore[misc]
-        """Kept in memory: without that, each instance writes and locks a cache file."""
-
-        def __init__(self) -> None:
-            super().__init__(keep_in_memory=True)
-
-        def _info(self) -> Any:
-            tags = datasets.Sequence(datasets.Value("string"))
-            return evaluate.MetricInfo(
-                description="precision, recall and F1 of entities",
-                citation="",
-                features=datasets.Features({"predictions": tags, "references": tags}),
-            )
-
-        def _build_data_dir(self) -> str:
-            # The base class would make a folder that nothing is ever written to.
-            return ""
-
-        def _compute(
-            self, predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
-        ) -> dict[str, float]:
-            return entity_scores(predictions, references)
-
-    return EntityScores

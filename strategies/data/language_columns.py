@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ftlaunch.cluster.errors import UserError
-from ftlaunch.strategies.data.label_scan import check_texts
+from ftlaunch.strategies.data.label_scan import check_texts, refuse_bad_utf8
 from ftlaunch.strategies.data.local_files import list_names
 from ftlaunch.strategies.options import DataOptions
 
@@ -145,10 +145,11 @@ def _is_value(feature: Any) -> bool:
 
 def _check_messages(rows: Dataset, column: str, part: str) -> None:
     """UserError unless messages have a role and a content. What these are is seen row by row."""
+    refuse_bad_utf8(rows, column, part)
     feature = rows.features[column]
     inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
     # Messages whose keys differ from row to row are of a type of their own, seen row by row too.
-    if inner is None and type(feature).__name__ == "Json":
+    if "Json" in (type(feature).__name__, type(inner).__name__):
         return
     keys = sorted(inner) if isinstance(inner, dict) else []
     if not {"role", "content"} <= set(keys):

@@ -10,7 +10,7 @@ from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.data.arrangements import supervised_only
 from ftlaunch.strategies.data.language_columns import Found, find_columns
 from ftlaunch.strategies.data.masks import MaskRule, mask_tokens
-from ftlaunch.strategies.data.tasks import UNSUPERVISED, BadRow, Encoded, ModelLabels, TaskSpec
+from ftlaunch.strategies.data.tasks import UNSUPERVISED, Encoded, ModelLabels, TaskSpec, too_long
 from ftlaunch.strategies.data.token_outputs import (
     TokenMetric,
     TokenOutputs,
@@ -98,12 +98,7 @@ class MaskedLm:
         long = [i for i, row in enumerate(ids) if len(row) > max_length]
         policy = spec.details["long_samples"]
         if long and policy == "error":
-            raise BadRow(
-                long[0],
-                f"has {len(ids[long[0]])} tokens: data.max_length is {max_length}, and "
-                "data.long_samples is error. Shorten it, raise data.max_length, or set "
-                "data.long_samples to truncate or drop.",
-            )
+            raise too_long(long[0], len(ids[long[0]]), max_length)
         if long and policy == "truncate":
             cut = _tokenize(tokenizer, [texts[i] for i in long], wants_types, max_length)
             for position, i in enumerate(long):

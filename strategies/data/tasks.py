@@ -171,6 +171,15 @@ class BadRow(Exception):
         self.text = text
 
 
+def too_long(index: int, num_tokens: int, max_length: int) -> BadRow:
+    """What `encode` raises where data.long_samples is error."""
+    return BadRow(
+        index,
+        f"has {num_tokens} tokens: data.max_length is {max_length}, and data.long_samples is error. "
+        "Shorten it, raise data.max_length, or set data.long_samples to truncate or drop.",
+    )
+
+
 class Task(Protocol):
     """All that the data part asks of any task. Stateless. See also `RowTask` and `TokenTask`."""
 

@@ -15,7 +15,7 @@ from ftlaunch.strategies.data.entity_scores import (
 )
 from ftlaunch.strategies.data.local_files import list_names
 from ftlaunch.strategies.data.tag_columns import Tagged, find_tagged
-from ftlaunch.strategies.data.tasks import BadRow, Encoded, ModelLabels, TaskSpec
+from ftlaunch.strategies.data.tasks import Encoded, ModelLabels, TaskSpec, too_long
 from ftlaunch.strategies.data.token_outputs import TokenMetric, TokenOutputs, token_accuracy
 from ftlaunch.strategies.data.word_tags import Range, join_words, label_tokens, words_of_spans
 from ftlaunch.strategies.options import DataOptions
@@ -86,12 +86,7 @@ class TokenClassification:
         long = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) > max_length]
         policy = spec.details["long_samples"]
         if long and policy == "error":
-            raise BadRow(
-                long[0],
-                f"has {len(encoded['input_ids'][long[0]])} tokens: data.max_length is {max_length}, and "
-                "data.long_samples is error. Shorten it, raise data.max_length, or set "
-                "data.long_samples to truncate or drop.",
-            )
+            raise too_long(long[0], len(encoded["input_ids"][long[0]]), max_length)
         if long:
             cut = _tokenize(tokenizer, [texts[i] for i in long], wants_types, max_length)
             for position, i in enumerate(long):
