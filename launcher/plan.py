@@ -106,6 +106,9 @@ def make_plan(
     reasons: list[Reason] = []
     load_task(config.task)
     check_own_keys(config.task, config.data)
+    if not config.is_demo:
+        model, data = config.model.name_or_path, config.data.name_or_path
+        reasons.append(Reason(choice="task", value=config.task, why=f"model {model}, data {data}"))
     layout = make_layout(
         config.cluster, machines, site, reasons, assumed=assumed, default_start="fork"
     )

@@ -145,6 +145,50 @@ def test_a_model_that_changes_its_logits_is_asked_for_them(tmp_path, model, firs
     assert abs(scored / expected - 1) < 1e-6
 
 
+def _after_what_is_not_finite(world, listen_fd, folder):
+    """(whether a first pass that overflows gave a number, the losses of two passes after it)"""
+    case = CASES["causal-lm-qwen2"]
+    strategy = create(case.request(world, None, folder))
+    table, everything = case.make_table(6), np.arange(6)
+    batch = case.collator(table).batch(everything, seed=1)
+    weight = strategy.model.model.norm.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(torch.inf)
+    overflowed = strategy.score(batch).losses.sum()
+    with torch.no_grad():
+        weight.copy_(kept)
+    losses = [float(strategy.score(batch).losses.sum()) for _ in range(2)]
+    head = strategy._forward.head
+    uses_head = head is not None and head._fits
+    return bool(np.isfinite(overflowed)), losses, uses_head
+
+
+def test_a_first_pass_that_is_not_finite_tells_nothing_of_the_model(tmp_path):
+    folder = tiny.write_config(tmp_path / "model", "qwen2")
+    [(finite, losses, uses_head)] = run_ranks(1, _after_what_is_not_finite, folder)
+    assert not finite
+    assert losses[0] == losses[1] and np.isfinite(losses[0])
+    assert uses_head
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_head_in_half_precision(in_pieces, dtype):
+    """Its products in 16 bits, its sums in 32: against fp32 of the same rounded numbers."""
+    hidden, weight, bias, labels, weights = _random()
+    plain = [each.to(dtype).float().requires_grad_() for each in (hidden, weight, bias)]
+    logits = functional.linear(*plain)
+    expected = (functional.cross_entropy(logits, labels, reduction="none") * weights).sum()
+    torch.autograd.backward(expected)
+    pieces = [each.clone().requires_grad_() for each in (hidden, weight, bias)]
+    loss = HeadLoss.apply(*pieces, labels, weights, dtype)
+    torch.autograd.backward(loss)
+    assert abs(float(loss.detach() / expected.detach()) - 1) < 1e-2
+    for found, reference in zip(pieces, plain, strict=True):
+        error = torch.linalg.norm(found.grad.float() - reference.grad)
+        assert error < 2e-2 * torch.linalg.norm(reference.grad)
+
+
 # -- memory -------------------------------------------------------------------------------------
 
 BIG_VOCABULARY, TOKENS = 150_000, (8, 512)

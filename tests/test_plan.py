@@ -63,6 +63,12 @@ def test_four_nodes_on_one_cpu_machine():
     assert all(reason.why for reason in plan.reasons)
 
 
+def test_the_plan_says_what_is_trained_on_what():
+    assert "task" not in {reason.choice for reason in _plan(nodes=1).reasons}
+    lines = _plan(nodes=1, model="m", dataset="d", task="masked-lm").describe()
+    assert any(line.split() == ["task", "masked-lm", "model", "m,", "data", "d"] for line in lines)
+
+
 @pytest.mark.parametrize(
     ("nodes", "batch", "bound", "expected"),
     [

@@ -86,9 +86,19 @@ class OutputHead:
     ) -> torch.Tensor | None:
         """of_nothing   what a probe is turned into: no token was chosen (`_forward`)"""
         with self._replaced(instead, chosen):
-            result = run()
+            try:
+                result = run()
+            except IndexError:
+                if self._fits is not None:
+                    raise
+                # The model takes apart what it calls its logits.
+                self._fits = False
+                return None
             given = self._given
         if self._fits is not None:
+            return result
+        if given is not None and not bool(torch.isfinite(given).all()):
+            # It equals nothing, itself included: another batch will tell.
             return result
         # The same on every rank: it follows from the model's code.
         self._fits = given is not None and torch.equal(result.detach(), given)
