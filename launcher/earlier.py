@@ -26,8 +26,9 @@ _ASIDE = "earlier"
 _PART = "earlier.part"
 _SETTLED = "settled-"
 _OUTPUT = "output"
-# The one folder of the output that a submission makes by itself.
-LOGS = "logs"
+# The one folder of the output that a submission makes by itself, and a mark: it was not there before.
+_LOGS = "logs"
+_NO_LOGS = "no-logs"
 
 
 def set_aside(folder: Path) -> None:
@@ -49,6 +50,14 @@ def set_output_aside(folder: Path, names: Sequence[str]) -> None:
             path.rename(place / name)
     if (folder / RUNS).exists():
         (folder / RUNS).rename(folder / _ASIDE / RUNS)
+
+
+def make_logs(folder: Path) -> None:
+    """Where SLURM writes the job's log. Goes again with the submission, unless it was there before."""
+    logs = folder.parent / _LOGS
+    if not os.path.lexists(logs):
+        (folder / _ASIDE / _NO_LOGS).touch()
+    logs.mkdir(exist_ok=True)
 
 
 def settle(folder: Path) -> None:
@@ -83,12 +92,14 @@ def put_back(folder: Path) -> None:
         _move_back(part, folder)
     if not aside.exists() or (folder / JOB).exists():
         return
-    logs = folder.parent / LOGS
-    with contextlib.suppress(OSError):
-        logs.rmdir()
+    if (aside / _NO_LOGS).exists():
+        # Its own one, which a job may have written to.
+        with contextlib.suppress(OSError):
+            (folder.parent / _LOGS).rmdir()
     _check_free(aside, [*_outputs(aside, folder)])
     for path in list(_submission(folder)):
         remove(path)
+    (aside / _NO_LOGS).unlink(missing_ok=True)
     aside.rename(part)
     _move_back(part, folder)
 
@@ -107,7 +118,7 @@ def _move_back(part: Path, folder: Path) -> None:
     _check_free(part, moves)
     for path, place in moves:
         path.rename(place)
-    for emptied in (part / _OUTPUT / LOGS, part / _OUTPUT, part):
+    for emptied in (part / _OUTPUT / _LOGS, part / _OUTPUT, part):
         if _is_folder(emptied):
             emptied.rmdir()
 
@@ -118,7 +129,7 @@ def _outputs(aside: Path, folder: Path) -> Iterator[tuple[Path, Path]]:
     for path in output.iterdir() if output.is_dir() else ():
         place = folder.parent / path.name
         # A job that nobody has waited for may have written a log of its own there.
-        if path.name == LOGS and _is_folder(path) and _is_folder(place):
+        if path.name == _LOGS and _is_folder(path) and _is_folder(place):
             yield from ((log, place / log.name) for log in path.iterdir())
         else:
             yield path, place

@@ -24,15 +24,7 @@ from ftlaunch.cluster.machine import code_fingerprint
 from ftlaunch.cluster.slurm_queue import is_job_id
 from ftlaunch.launcher import earlier
 from ftlaunch.launcher.config import RunConfig
-from ftlaunch.launcher.earlier import (
-    FOLDER,
-    JOB,
-    LOCK,
-    RUNS,
-    put_back,
-    remove,
-    remove_settled,
-)
+from ftlaunch.launcher.earlier import FOLDER, JOB, LOCK, RUNS
 from ftlaunch.launcher.line_log import LineLog, read_lines
 from ftlaunch.launcher.output_folder import MARK, OWNER
 from ftlaunch.launcher.script_plan import Script
@@ -108,9 +100,9 @@ def only_submission(output_dir: Path) -> Iterator[Path]:
                 "folder with --output-dir."
             ) from None
         # An earlier submission may have been killed in the middle.
-        put_back(folder)
+        earlier.put_back(folder)
         earlier.settle(folder)
-        remove_settled(folder)
+        earlier.remove_settled(folder)
         yield folder
 
 
@@ -167,9 +159,11 @@ def submitted_job(output_dir: Path) -> SubmittedJob | None:
 
 
 def settle(folder: Path, job: SubmittedJob) -> None:
-    """SLURM has the job: what stood here before it will not come back. `remove_settled` deletes it."""
+    """SLURM has the job: what stood here before will not come back. Deleting it is left to do."""
     write_json(folder / JOB, asdict(job))
-    earlier.settle(folder)
+    with contextlib.suppress(OSError):
+        # With job.json beside it, the next submission does the same.
+        earlier.settle(folder)
 
 
 def withdraw(folder: Path, *, was_there: bool) -> None:
@@ -177,9 +171,9 @@ def withdraw(folder: Path, *, was_there: bool) -> None:
 
     was_there   the output folder has been used before
     """
-    put_back(folder)
+    earlier.put_back(folder)
     if {path.name for path in folder.iterdir()} <= {LOCK}:
-        remove(folder)
+        earlier.remove(folder)
     output_dir = folder.parent
     if not was_there and {path.name for path in output_dir.iterdir()} <= {MARK, OWNER}:
         (output_dir / MARK).unlink(missing_ok=True)

@@ -262,7 +262,7 @@ def _ask(
         submission.seal(inside, sealed)
         if overwrite:
             earlier.set_output_aside(inside, OWN_NAMES)
-        (inside.parent / earlier.LOGS).mkdir(exist_ok=True)
+        earlier.make_logs(inside)
         job_id = submit(batch)
     except BaseException:
         submission.withdraw(inside, was_there=was_there)

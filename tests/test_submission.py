@@ -460,7 +460,7 @@ def refused(out: Path, *, overwrite: bool) -> Callable[[], None]:
                 submission.seal(folder, sealed_of("train.seed=2"))
                 if overwrite:
                     earlier.set_output_aside(folder, OWN_NAMES)
-                (out / "logs").mkdir(exist_ok=True)
+                earlier.make_logs(folder)
             submission.withdraw(folder, was_there=True)
 
     return action
@@ -477,10 +477,15 @@ def full_folder(out: Path) -> None:
     (out / "model" / "weights").write_text("hours of work")
 
 
+@pytest.mark.parametrize("logs", ["none", "empty", "full"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_submission_that_is_killed_anywhere_loses_nothing(tmp_path, monkeypatch, overwrite):
+def test_a_submission_that_is_killed_anywhere_loses_nothing(tmp_path, monkeypatch, overwrite, logs):
     small_seal(monkeypatch)
     full_folder(tmp_path)
+    if logs != "full":
+        shutil.rmtree(tmp_path / "logs")
+    if logs == "empty":
+        (tmp_path / "logs").mkdir()
     before = tree(tmp_path)
     for number in range(1, 500):
         done = comes_to_its_end(refused(tmp_path, overwrite=overwrite), number, kill)
@@ -518,7 +523,7 @@ def test_what_undoes_a_submission_may_itself_be_killed(tmp_path, monkeypatch):
         with submission.only_submission(tmp_path) as folder:
             submission.seal(folder, sealed_of("train.seed=2"))
             earlier.set_output_aside(folder, OWN_NAMES)
-            (tmp_path / "logs").mkdir()
+            earlier.make_logs(folder)
         done = comes_to_its_end(undo, number, kill)
         undo()
         assert tree(tmp_path) == before, number
@@ -577,7 +582,7 @@ def killed(out: Path) -> None:
     with submission.only_submission(out) as folder:
         submission.seal(folder, sealed_of("train.seed=2"))
         earlier.set_output_aside(folder, OWN_NAMES)
-        (out / "logs").mkdir()
+        earlier.make_logs(folder)
 
 
 def test_nothing_that_a_run_has_written_is_deleted(tmp_path):
@@ -609,7 +614,7 @@ def test_a_job_that_nobody_waited_for_leaves_its_log(tmp_path):
     with submission.only_submission(tmp_path) as folder:
         submission.seal(folder, sealed_of("train.seed=2"))
         earlier.set_output_aside(folder, OWN_NAMES)
-    (tmp_path / "logs").mkdir()
+        earlier.make_logs(folder)
     (tmp_path / "logs" / "slurm-13.log").write_text("new")
     submission.note_run(folder, "started", job_id="13")
     with submission.only_submission(tmp_path) as folder:
