@@ -698,6 +698,23 @@ def test_the_folder_is_held_until_slurm_has_answered(tmp_path):
 
 
 @has_srun
+def test_a_submission_that_dies_while_it_asks_slurm_is_undone_by_a_run(tmp_path):
+    out, script = tmp_path / "out", tmp_path / "script.py"
+    script.write_text("print('hello')\n")
+    full_folder(out)
+    (out / "metrics.jsonl").unlink()
+    before = tree(out)
+    env = slurm_that(tmp_path, "kill -KILL $PPID\n")
+    result = ftlaunch("submit", "--overwrite", "-o", out, script, cwd=tmp_path, env=env)
+    assert result.returncode == -signal.SIGKILL
+    assert not (out / "model").exists() and not (out / "checkpoints").exists()
+    assert ftlaunch("-o", out, script, cwd=tmp_path).returncode == 0
+    after = tree(out)
+    assert {name: after.get(name) for name in before} == before
+    assert not list((out / "submission").glob("earlier*"))
+
+
+@has_srun
 def test_a_number_is_told_whatever_becomes_of_the_earlier_results(tmp_path, monkeypatch, capfd):
     out, script = tmp_path / "out", tmp_path / "script.py"
     script.write_text("print('hello')\n")
