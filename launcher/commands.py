@@ -13,6 +13,7 @@ from ftlaunch.cluster.errors import UserError
 from ftlaunch.launcher.config import RunConfig, load_config
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.job import run_job, show_plan
+from ftlaunch.launcher.output_folder import put_back_earlier
 from ftlaunch.launcher.plan import LaunchPlan
 from ftlaunch.launcher.rehearsal import KINDS, Fault, Rehearsal, parse_fault
 from ftlaunch.launcher.script_job import run_script, show_script_plan
@@ -97,6 +98,8 @@ def config_of(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> RunCon
 def evaluate(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
     """Evaluate a job's finished model, or any fine-tuned one, on the data that is named."""
     target = absolute_path(arguments.target)
+    if not arguments.dry_run:
+        put_back_earlier(target)
     model, defaults = _what_to_evaluate(target, arguments.target)
     file = Path(arguments.config) if arguments.config is not None else None
     config = load_config(
@@ -105,7 +108,10 @@ def evaluate(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
         overrides=arguments.overrides,
         defaults=defaults,
     )
-    if config.output_dir is not None and (Path(config.output_dir) / "checkpoints").exists():
+    output_dir = None if config.output_dir is None else Path(config.output_dir)
+    if output_dir is not None and not arguments.dry_run:
+        put_back_earlier(output_dir)
+    if output_dir is not None and (output_dir / "checkpoints").exists():
         raise UserError(
             f"the output folder {config.output_dir} holds a training job, whose plan and summary "
             "an evaluation would replace. Choose another with --output-dir, or leave it out."

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ftlaunch.cluster.errors import EXIT_STOPPED, UserError
 from ftlaunch.cluster.slurm_queue import QueuedJob, SlurmSilent, find_job, place_in_queue
 from ftlaunch.launcher import submission
+from ftlaunch.launcher.earlier import interrupted
 from ftlaunch.launcher.line_log import read_lines
 from ftlaunch.launcher.output_folder import OWN_NAMES, Owner, owner_of
 
@@ -76,6 +77,12 @@ def job_state(folder: Path) -> JobState:
     job = submission.submitted_job(folder)
     queued = _queued(job, folder, notes)
     owner = owner_of(folder)
+    aside = interrupted(folder) if owner is None else None
+    if aside is not None:
+        notes.append(
+            f"an ftlaunch submit was killed before SLURM had its job: what was here before is in {aside}, "
+            "and whatever uses this folder next puts it back"
+        )
     runs = (
         [] if job is None else submission.runs_of(submission.submission_folder(folder), job.job_id)
     )

@@ -18,6 +18,7 @@ from typing import IO
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.linux import Process, read_process
 from ftlaunch.launcher.config import RunConfig
+from ftlaunch.launcher.earlier import FOLDER, interrupted, put_back
 
 # What a run writes, and all that --overwrite deletes.
 OWN_NAMES = (
@@ -35,10 +36,10 @@ OWN_NAMES = (
     "tensorboard",
     "submission",
 )
-_OWNER = ".ftlaunch-owner"
+OWNER = ".ftlaunch-owner"
 _ASKING_SECONDS = 0.5
 # Marks the folder as ours: what carries such a name elsewhere is not touched.
-_MARK = ".ftlaunch"
+MARK = ".ftlaunch"
 
 
 def default_output_dir(config: RunConfig) -> Path:
@@ -70,7 +71,7 @@ class Owner:
 def owner_of(folder: Path) -> Owner | None:
     """Whoever has the folder now. None: nobody, or only the file of a process that has died is left."""
     try:
-        with open(folder / _OWNER, "rb") as file:
+        with open(folder / OWNER, "rb") as file:
             raw = json.loads(file.read(4096))
             owner = Owner(
                 pid=int(raw["pid"]),
@@ -103,9 +104,16 @@ class OutputFolder:
         try:
             self._prepare()
             self._own()
-            if self._overwrite:
-                self._clear()
-            (self.path / _MARK).touch()
+            try:
+                if self._overwrite:
+                    self._clear()
+                elif interrupted(self.path):
+                    # A submission has this folder while it is at work: that one was killed.
+                    put_back(self.path / FOLDER)
+                (self.path / MARK).touch()
+            except BaseException:
+                self._release()
+                raise
         except OSError as error:
             raise UserError(
                 f"the output folder {self.path} cannot be used: {error.strerror or error}. Choose "
@@ -119,9 +127,12 @@ class OutputFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._release()
+
+    def _release(self) -> None:
         if self._owner is not None:
             # Unlink before unlocking: whoever waits for the lock sees that the file is gone.
-            (self.path / _OWNER).unlink(missing_ok=True)
+            (self.path / OWNER).unlink(missing_ok=True)
             self._owner.close()
 
     def _prepare(self) -> None:
@@ -131,7 +142,7 @@ class OutputFolder:
             )
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         foreign = [name for name in OWN_NAMES if (self.path / name).exists()]
-        if foreign and not (self.path / _MARK).exists():
+        if foreign and not (self.path / MARK).exists():
             raise UserError(
                 f"the output folder {self.path} holds {', '.join(foreign)}, which ftlaunch did not "
                 "write there. Nothing is overwritten: choose another folder with --output-dir."
@@ -139,7 +150,7 @@ class OutputFolder:
 
     def _own(self) -> None:
         """Take the owner file: a lock that dies with us, and text that says who has it."""
-        path = self.path / _OWNER
+        path = self.path / OWNER
         owner = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
         try:
             _lock(owner)
@@ -176,6 +187,16 @@ class OutputFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+def put_back_earlier(path: Path) -> None:
+    """For whoever looks into a folder before, or without, owning it.
+
+    UserError while a submission is at work there, or when its earlier results cannot be put back.
+    """
+    if interrupted(path):
+        with OutputFolder(path, overwrite=False):
+            pass
 
 
 def _lock(file: IO[str]) -> None:

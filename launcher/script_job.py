@@ -28,7 +28,7 @@ from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.ending import show_verdict, verdict_json
 from ftlaunch.launcher.npus import with_rank_table
 from ftlaunch.launcher.opening import open_job
-from ftlaunch.launcher.output_folder import OutputFolder, default_output_dir
+from ftlaunch.launcher.output_folder import OutputFolder, default_output_dir, put_back_earlier
 from ftlaunch.launcher.ranks import output_label
 from ftlaunch.launcher.rehearsal import Rehearsal, check_faults, check_site
 from ftlaunch.launcher.restarts import Restart, RestartPolicy
@@ -78,6 +78,8 @@ def run_script(
         _check(_plan(config, site, script, [machine] * len(site.hosts)), rehearsal)
     need_descriptors(len(site.hosts))
     folder = default_output_dir(config)
+    if not overwrite:
+        put_back_earlier(folder)
     if (folder / "metrics.jsonl").exists() and not overwrite:
         raise UserError(
             f"the output folder {folder} holds a training job, whose plan and summary a script "

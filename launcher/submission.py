@@ -1,7 +1,8 @@
 """The sealed submission of a job: `OUT/submission/`, from which a queued job runs. Asks no SLURM.
 
 What is sealed: the whole configuration, our own code, the user's script, the revisions of what the
-hub has. `job.json` says which job of SLURM it is, `runs.jsonl` each start and end of it.
+hub has. `job.json` says which job of SLURM it is, `runs.jsonl` each start and end of it. What stood
+there before is in `earlier.py`'s hands until SLURM has the job.
 """
 
 from __future__ import annotations
@@ -21,20 +22,17 @@ from typing import Any
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.machine import code_fingerprint
 from ftlaunch.cluster.slurm_queue import is_job_id
+from ftlaunch.launcher import earlier
 from ftlaunch.launcher.config import RunConfig
+from ftlaunch.launcher.earlier import FOLDER, JOB, LOCK, RUNS
 from ftlaunch.launcher.line_log import LineLog, read_lines
+from ftlaunch.launcher.output_folder import MARK, OWNER
 from ftlaunch.launcher.script_plan import Script
 from ftlaunch.launcher.slurm_options import printable
 from ftlaunch.strategies.checkpoint.manifest import write_json
 
-FOLDER = "submission"
 CODE = "code"
 _CONFIG = "config.json"
-_JOB = "job.json"
-_RUNS = "runs.jsonl"
-_LOCK = "lock"
-_ASIDE = "earlier"
-_OUTPUT = "output"
 _PACKAGES = ("launcher", "strategies", "cluster")
 
 
@@ -93,7 +91,7 @@ def only_submission(output_dir: Path) -> Iterator[Path]:
     folder = submission_folder(output_dir)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
-    with open(folder / _LOCK, "a", encoding="utf-8") as lock:
+    with open(folder / LOCK, "a", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -101,23 +99,16 @@ def only_submission(output_dir: Path) -> Iterator[Path]:
                 f"another ftlaunch submit is working in {folder}. Wait for it, or choose another "
                 "folder with --output-dir."
             ) from None
-        if (folder / _ASIDE).exists():
-            # An earlier submission was killed in the middle.
-            if (folder / _JOB).exists():
-                _remove(folder / _ASIDE)
-            else:
-                _put_back(folder)
+        # An earlier submission may have been killed in the middle.
+        earlier.put_back(folder)
+        earlier.settle(folder)
+        earlier.remove_settled(folder)
         yield folder
 
 
 def seal(folder: Path, sealed: Sealed) -> Sealed:
     """Write a submission; as it was written. An earlier one steps aside until `settle` or `withdraw`."""
-    aside = folder / _ASIDE
-    _remove(aside)
-    earlier = [path for path in folder.iterdir() if path.name not in (_LOCK, _RUNS)]
-    aside.mkdir()
-    for path in earlier:
-        path.rename(aside / path.name)
+    earlier.set_aside(folder)
     for package in _PACKAGES:
         spec = importlib.util.find_spec(f"ftlaunch.{package}")
         assert spec is not None and spec.submodule_search_locations is not None, package
@@ -130,18 +121,6 @@ def seal(folder: Path, sealed: Sealed) -> Sealed:
     sealed = replace(sealed, script=_with_copy(folder, sealed.script))
     write_json(folder / _CONFIG, _to_json(sealed))
     return sealed
-
-
-def set_output_aside(folder: Path, names: Sequence[str]) -> None:
-    """After `seal`: what an earlier job has written under `names` steps aside with its submission."""
-    place = folder / _ASIDE / _OUTPUT
-    place.mkdir()
-    for name in names:
-        path = folder.parent / name
-        if name != FOLDER and (path.exists() or path.is_symlink()):
-            path.rename(place / name)
-    if (folder / _RUNS).exists():
-        (folder / _RUNS).rename(folder / _ASIDE / _RUNS)
 
 
 def read_sealed(folder: Path) -> Sealed:
@@ -172,7 +151,7 @@ def submitted_job(output_dir: Path) -> SubmittedJob | None:
     import pydantic
 
     try:
-        raw = json.loads((submission_folder(output_dir) / _JOB).read_bytes())
+        raw = json.loads((submission_folder(output_dir) / JOB).read_bytes())
         job = pydantic.TypeAdapter(SubmittedJob).validate_python(raw)
     except (OSError, ValueError, RecursionError):
         return None
@@ -180,9 +159,11 @@ def submitted_job(output_dir: Path) -> SubmittedJob | None:
 
 
 def settle(folder: Path, job: SubmittedJob) -> None:
-    """SLURM has the job: what stood here before it is gone."""
-    write_json(folder / _JOB, asdict(job))
-    _remove(folder / _ASIDE)
+    """SLURM has the job: what stood here before will not come back. Deleting it is left to do."""
+    write_json(folder / JOB, asdict(job))
+    with contextlib.suppress(OSError):
+        # With job.json beside it, the next submission does the same.
+        earlier.settle(folder)
 
 
 def withdraw(folder: Path, *, was_there: bool) -> None:
@@ -190,31 +171,12 @@ def withdraw(folder: Path, *, was_there: bool) -> None:
 
     was_there   the output folder has been used before
     """
-    _put_back(folder)
+    earlier.put_back(folder)
+    if {path.name for path in folder.iterdir()} <= {LOCK}:
+        earlier.remove(folder)
     output_dir = folder.parent
-    if not (folder / _CONFIG).exists():
-        _remove(folder)
-    if not was_there:
-        with contextlib.suppress(OSError):
-            (output_dir / "logs").rmdir()
-            (output_dir / ".ftlaunch").unlink()
-            output_dir.rmdir()
-
-
-def _put_back(folder: Path) -> None:
-    """What stepped aside is in its place again, and what took that is gone."""
-    aside = folder / _ASIDE
-    for path in folder.iterdir():
-        if path.name not in (_LOCK, _RUNS, _ASIDE):
-            _remove(path)
-    output = aside / _OUTPUT
-    for path in output.iterdir() if output.is_dir() else ():
-        _remove(folder.parent / path.name)
-        path.rename(folder.parent / path.name)
-    _remove(output)
-    for path in aside.iterdir() if aside.is_dir() else ():
-        path.rename(folder / path.name)
-    _remove(aside)
+    if not was_there and {path.name for path in output_dir.iterdir()} <= {MARK, OWNER}:
+        (output_dir / MARK).unlink(missing_ok=True)
 
 
 # -- runs ---------------------------------------------------------------------------------------
@@ -222,7 +184,7 @@ def _put_back(folder: Path) -> None:
 
 def note_run(folder: Path, kind: str, **fields: Any) -> None:
     """One line of runs.jsonl."""
-    log = LineLog(folder / _RUNS)
+    log = LineLog(folder / RUNS)
     try:
         log.append({"kind": kind, **fields, "time": round(time.time(), 3)})
     finally:
@@ -231,7 +193,7 @@ def note_run(folder: Path, kind: str, **fields: Any) -> None:
 
 def runs_of(folder: Path, job_id: str) -> list[dict[str, Any]]:
     """The starts and ends of a job, in order."""
-    return [line for line in read_lines(folder / _RUNS) if line.get("job_id") == job_id]
+    return [line for line in read_lines(folder / RUNS) if line.get("job_id") == job_id]
 
 
 def now() -> str:
@@ -239,13 +201,6 @@ def now() -> str:
 
 
 # -- inside -------------------------------------------------------------------------------------
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _with_copy(folder: Path, script: Script | None) -> Script | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import re
 import socket
@@ -16,7 +17,7 @@ from ftlaunch.cluster.errors import EXIT_DONE, UserError
 from ftlaunch.cluster.machine import code_fingerprint
 from ftlaunch.cluster.slurm_queue import SlurmSilent, find_job
 from ftlaunch.cluster.submit import BatchJob, batch_file, submit
-from ftlaunch.launcher import submission
+from ftlaunch.launcher import earlier, submission
 from ftlaunch.launcher.batch import run_sealed
 from ftlaunch.launcher.commands import config_of, script_config, script_of
 from ftlaunch.launcher.config import RunConfig
@@ -24,7 +25,13 @@ from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.job import check_input, keep_input
 from ftlaunch.launcher.job_state import is_of
 from ftlaunch.launcher.line_log import read_lines
-from ftlaunch.launcher.output_folder import OWN_NAMES, OutputFolder, default_output_dir
+from ftlaunch.launcher.output_folder import (
+    MARK,
+    OWN_NAMES,
+    OutputFolder,
+    default_output_dir,
+    put_back_earlier,
+)
 from ftlaunch.launcher.script_plan import Script, check_script
 from ftlaunch.launcher.slurm_options import signal_lead
 from ftlaunch.launcher.submission import Sealed, SubmittedJob
@@ -46,6 +53,8 @@ def submit_job(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
     config = replace(config, cluster=cluster, output_dir=str(default_output_dir(config)))
     folder = Path(str(config.output_dir))
     _check(config, script, folder)
+    if not arguments.dry_run:
+        put_back_earlier(folder)
     lead, why_lead = signal_lead(config.slurm, *_measured(folder))
     batch = _batch_job(config, folder, lead)
     with Console(sys.stdout) as console:
@@ -74,6 +83,8 @@ def submit_job(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
         for each in fetched:
             console.say(f"sealed: {each.what} {each.name}, revision {each.revision}")
         console.plan(_what_next(job, folder))
+        # Last: it may take long, and whatever becomes of it, the job is in the queue.
+        earlier.remove_settled(submission.submission_folder(folder))
     return EXIT_DONE
 
 
@@ -226,30 +237,47 @@ def _submit(
     *,
     overwrite: bool,
 ) -> SubmittedJob:
-    was_there = (folder / ".ftlaunch").exists()
-    with OutputFolder(folder, overwrite=False):
-        pass  # it can be used, it is ours, and no job is in it
-    with submission.only_submission(folder) as inside:
-        try:
-            submission.seal(inside, sealed)
-            if overwrite:
-                submission.set_output_aside(inside, OWN_NAMES)
-            (folder / "logs").mkdir(exist_ok=True)
-            job_id = submit(batch)
-        except BaseException:
-            submission.withdraw(inside, was_there=was_there)
-            raise
-        job = SubmittedJob(
-            job_id=job_id,
-            name=batch.name,
-            submitted=submission.now(),
-            host=socket.gethostname(),
-            num_nodes=batch.num_nodes,
-            lead_seconds=batch.lead_seconds,
-            parameters=dict(batch.parameters),
-            fetched=[asdict(each) for each in fetched],
-        )
-        submission.settle(inside, job)
+    was_there = (folder / MARK).exists()
+    try:
+        # Nobody else begins in it before SLURM has answered; the job itself waits for its owner to go.
+        with OutputFolder(folder, overwrite=False), submission.only_submission(folder) as inside:
+            return _ask(batch, sealed, fetched, inside, overwrite=overwrite, was_there=was_there)
+    except BaseException:
+        if not was_there:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _ask(
+    batch: BatchJob,
+    sealed: Sealed,
+    fetched: Sequence[Fetched],
+    inside: Path,
+    *,
+    overwrite: bool,
+    was_there: bool,
+) -> SubmittedJob:
+    try:
+        submission.seal(inside, sealed)
+        if overwrite:
+            earlier.set_output_aside(inside, OWN_NAMES)
+        earlier.make_logs(inside)
+        job_id = submit(batch)
+    except BaseException:
+        submission.withdraw(inside, was_there=was_there)
+        raise
+    job = SubmittedJob(
+        job_id=job_id,
+        name=batch.name,
+        submitted=submission.now(),
+        host=socket.gethostname(),
+        num_nodes=batch.num_nodes,
+        lead_seconds=batch.lead_seconds,
+        parameters=dict(batch.parameters),
+        fetched=[asdict(each) for each in fetched],
+    )
+    submission.settle(inside, job)
     return job
 
 

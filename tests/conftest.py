@@ -104,3 +104,14 @@ def ssh_hosts(_own_caches):
 
     with beds.ssh_cluster() as bed:
         yield bed
+
+
+@pytest.fixture
+def srun():
+    """Of a SLURM, which submitit looks for. Asked when a test runs: earlier ones may have installed it."""
+    import shutil
+
+    from tests import beds, slurm_bed
+
+    if shutil.which("srun") is None:
+        beds.require(slurm_bed.PROGRAMS)

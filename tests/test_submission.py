@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.machine import code_fingerprint
 from ftlaunch.cluster.slurm_queue import client_environment, is_job_id
 from ftlaunch.cluster.submit import BatchJob, batch_file
-from ftlaunch.launcher import submission
+from ftlaunch.launcher import earlier, submission
 from ftlaunch.launcher.config import load_config
 from ftlaunch.launcher.output_folder import OWN_NAMES
 from ftlaunch.launcher.script_plan import Script
@@ -26,7 +25,6 @@ from ftlaunch.launcher.slurm_options import SlurmOptions, signal_lead, time_limi
 from ftlaunch.launcher.submission import Sealed, SubmittedJob
 from ftlaunch.strategies.hub import fetch_model
 from ftlaunch.strategies.options import ModelOptions
-from tests import beds, slurm_bed
 from tests.jobs import (
     assert_mistake,
     assert_no_process_left,
@@ -41,15 +39,8 @@ from tests.jobs import (
 )
 from tests.training_jobs import Inputs, wait_for_checkpoint
 
-# submitit looks for it. Asked when a test runs: earlier ones may have installed it.
 has_srun = pytest.mark.usefixtures("srun")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture
-def srun():
-    if shutil.which("srun") is None:
-        beds.require(slurm_bed.PROGRAMS)
 
 
 def config_of(*overrides: str):
@@ -322,6 +313,7 @@ def used_folder(out: Path) -> None:
     with submission.only_submission(out) as folder:
         submission.seal(folder, sealed_of("train.seed=1"))
         submission.settle(folder, A_JOB)
+        earlier.remove_settled(folder)
         submission.note_run(folder, "ended", job_id=A_JOB.job_id, exit_code=0)
     (out / "checkpoints" / "step-00000007").mkdir(parents=True)
     (out / "metrics.jsonl").write_text("{}\n")
@@ -331,7 +323,7 @@ def test_what_is_overwritten_stays_until_slurm_has_the_job(tmp_path):
     used_folder(tmp_path)
     with submission.only_submission(tmp_path) as folder:
         submission.seal(folder, sealed_of("train.seed=2"))
-        submission.set_output_aside(folder, OWN_NAMES)
+        earlier.set_output_aside(folder, OWN_NAMES)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["submission"]
         (tmp_path / "logs").mkdir()
         submission.withdraw(folder, was_there=True)
@@ -340,8 +332,9 @@ def test_what_is_overwritten_stays_until_slurm_has_the_job(tmp_path):
         assert submission.submitted_job(tmp_path) == A_JOB
         assert submission.runs_of(folder, A_JOB.job_id)
         submission.seal(folder, sealed_of("train.seed=2"))
-        submission.set_output_aside(folder, OWN_NAMES)
+        earlier.set_output_aside(folder, OWN_NAMES)
         submission.settle(folder, replace(A_JOB, job_id="13"))
+        earlier.remove_settled(folder)
         assert sorted(path.name for path in folder.iterdir()) == [
             "code", "config.json", "job.json", "lock",
         ]  # fmt: skip
@@ -355,12 +348,12 @@ def test_a_submission_that_was_killed_in_the_middle_is_undone(tmp_path):
     used_folder(tmp_path)
     with submission.only_submission(tmp_path) as folder:
         submission.seal(folder, sealed_of("train.seed=2"))
-        submission.set_output_aside(folder, OWN_NAMES)
+        earlier.set_output_aside(folder, OWN_NAMES)
     with submission.only_submission(tmp_path) as folder:
         assert (tmp_path / "checkpoints" / "step-00000007").is_dir()
         assert submission.read_sealed(folder).config.train.seed == 1
         submission.seal(folder, sealed_of("train.seed=2"))
-        submission.set_output_aside(folder, OWN_NAMES)
+        earlier.set_output_aside(folder, OWN_NAMES)
         # Killed after SLURM had taken it, while what it replaces was being removed.
         (folder / "job.json").write_text("{}")
     with submission.only_submission(tmp_path) as folder:
