@@ -37,10 +37,13 @@ class Forward:
         torch.manual_seed(batch.seed)
         if self.head is not None:
             chosen, weights = self._choose(batch, batch.weights != 0)
-            found = self.head.loss_sum(lambda: self.logits(model, batch), chosen, weights)
-            if found is not None:
-                return found
-            torch.manual_seed(batch.seed)
+            if self.head.is_unknown:
+                self.set_training(model, False)
+                self.head.fits(lambda: self.logits(model, batch), chosen)
+                self.set_training(model, True)
+                torch.manual_seed(batch.seed)
+            if self.head.fits(lambda: self.logits(model, batch), chosen):
+                return self.head.loss_sum(lambda: self.logits(model, batch), chosen, weights)
         logits = self.logits(model, batch)
         return self.loss(logits, self._moved(batch.labels), self._moved(batch.weights))
 
@@ -110,11 +113,10 @@ class Forward:
         self.set_training(model, False)
         real = batch.labels != UNSUPERVISED
         chosen, _ = self._choose(batch, real)
-        found: torch.Tensor | None = None
         with torch.no_grad():
-            if self.head is not None:
+            if self.head is not None and self.head.fits(lambda: self.logits(model, batch), chosen):
                 found = self.head.scores(lambda: self.logits(model, batch), chosen)
-            if found is None:
+            else:
                 logits = self.logits(model, batch).flatten(0, 1)
                 found = score_rows(logits[chosen.positions], chosen.labels)
         scores = np.zeros((2, batch.labels.size), dtype=np.float32)

@@ -16,6 +16,9 @@ import torch
 
 from ftlaunch.strategies.torch.chunked_loss import HeadLoss, score_head
 
+# Stands for the logits in the pass that looks. So large that every cap is below it, and a number of
+# every precision.
+_MARK = 1000.0
 # Gets the hidden states of the chosen tokens, (tokens, width), and gives what stands for the logits.
 _Instead = Callable[[torch.Tensor], torch.Tensor]
 
@@ -40,23 +43,41 @@ class OutputHead:
         self._layer: Any = model.get_output_embeddings()
         self._instead: _Instead | None = None
         self._chosen: ChosenTokens | None = None
-        self._given: torch.Tensor | None = None
         # Unknown until the first pass.
         self._fits: bool | None = None if type(self._layer) is torch.nn.Linear else False
         if self._fits is None:
             self._plain = self._layer.forward
             self._layer.forward = self._forward
 
+    @property
+    def is_unknown(self) -> bool:
+        """The next `fits` makes a pass."""
+        return self._fits is None
+
+    def fits(self, run: Callable[[], torch.Tensor], chosen: ChosenTokens) -> bool:
+        """Whether the model's logits are the layer's. The first time a pass of the model tells.
+
+        run   that pass, which gives what the model calls its logits. Whatever the tokens are, it gives
+              the same on every rank: what a rank computes in it must not decide how many it makes.
+        """
+        if self._fits is None:
+            with torch.no_grad(), self._replaced(_marked, chosen):
+                try:
+                    found = run()
+                except IndexError:
+                    # The model takes apart what it calls its logits.
+                    self._fits = False
+                else:
+                    self._fits = found.dim() == 0 and float(found) == _MARK
+        return self._fits
+
     def loss_sum(
         self, run: Callable[[], torch.Tensor], chosen: ChosenTokens, weights: torch.Tensor
-    ) -> torch.Tensor | None:
-        """The sum over tokens of weight times loss, fp32; None for a model that has to give logits.
+    ) -> torch.Tensor:
+        """The sum over tokens of weight times loss, fp32, of a model that `fits`.
 
-        run       a pass of the model, which gives what it calls its logits
         weights   (chosen,)
         """
-        if self._fits is False:
-            return None
 
         def instead(hidden: torch.Tensor) -> torch.Tensor:
             weight, bias = self._layer.weight, self._layer.bias
@@ -65,46 +86,17 @@ class OutputHead:
             )
             return loss
 
-        return self._run(run, instead, chosen, lambda probe: probe - 1)
+        with self._replaced(instead, chosen):
+            return run()
 
-    def scores(self, run: Callable[[], torch.Tensor], chosen: ChosenTokens) -> torch.Tensor | None:
-        """(2, chosen) loss and winner of each; None for a model that has to give logits."""
-        if self._fits is False:
-            return None
+    def scores(self, run: Callable[[], torch.Tensor], chosen: ChosenTokens) -> torch.Tensor:
+        """(2, chosen) loss and winner of each, of a model that `fits`."""
 
         def instead(hidden: torch.Tensor) -> torch.Tensor:
             return score_head(hidden, self._layer.weight, self._layer.bias, chosen.labels)
 
-        return self._run(run, instead, chosen, lambda probe: probe.new_empty((2, 0)))
-
-    def _run(
-        self,
-        run: Callable[[], torch.Tensor],
-        instead: _Instead,
-        chosen: ChosenTokens,
-        of_nothing: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor | None:
-        """of_nothing   what a probe is turned into: no token was chosen (`_forward`)"""
         with self._replaced(instead, chosen):
-            try:
-                result = run()
-            except IndexError:
-                if self._fits is not None:
-                    raise
-                # The model takes apart what it calls its logits.
-                self._fits = False
-                return None
-            given = self._given
-        if self._fits is not None:
-            return result
-        if given is not None and not bool(torch.isfinite(given).all()):
-            # It equals nothing, itself included: another batch will tell.
-            return result
-        # The same on every rank: it follows from the model's code.
-        self._fits = given is not None and torch.equal(result.detach(), given)
-        if not self._fits:
-            return None
-        return result if len(chosen.labels) else of_nothing(result)
+            return run()
 
     @contextlib.contextmanager
     def _replaced(self, instead: _Instead, chosen: ChosenTokens) -> Iterator[None]:
@@ -112,7 +104,7 @@ class OutputHead:
         try:
             yield
         finally:
-            self._instead = self._chosen = self._given = None
+            self._instead = self._chosen = None
 
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -120,13 +112,11 @@ class OutputHead:
         if self._instead is None or chosen is None or len(flat) != chosen.num_tokens:
             logits: torch.Tensor = self._plain(hidden)
             return logits
-        result = self._instead(flat[chosen.positions])
-        if self._fits is None:
-            if not len(chosen.labels):
-                # The loss of nothing is 0, which stays 0 whatever a model does to it.
-                result = result.sum() + 1
-            self._given = result.detach().clone()
-        return result
+        return self._instead(flat[chosen.positions])
+
+
+def _marked(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden.new_full((), _MARK)
 
 
 def _dtype(weight: torch.Tensor) -> torch.dtype:
