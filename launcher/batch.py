@@ -14,12 +14,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ftlaunch.cluster.errors import EXIT_STOPPED, UserError
+from ftlaunch.cluster.errors import EXIT_DONE, EXIT_STOPPED, UserError
 from ftlaunch.cluster.slurm_queue import SlurmSilent, find_job, requeue_job, was_preempted
 from ftlaunch.launcher import submission
 from ftlaunch.launcher.cli import exit_code_of
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.output_folder import owner_of
+from ftlaunch.launcher.restarts import OUTSIDE
 from ftlaunch.launcher.submission import Sealed
 
 # By which SLURM announces the time limit (slurm.signal_seconds), or a preemption where it is told to.
@@ -70,9 +71,12 @@ def _run(folder: Path, job_id: str, signals: _Signals) -> int:
     progressed = seconds > 60 if is_script else newest_step(folder.parent) > before
     requeues, why = False, ""
     first = signals.first
-    if first is None and _summary_time(folder.parent) != summary_before:
+    has_summary = _summary_time(folder.parent) != summary_before
+    if first is None and has_summary:
         first = _heard_elsewhere(folder.parent)
     stopped = code == EXIT_STOPPED or (is_script and first is not None and code == 128 + first)
+    # What failed from outside after the announcement would have been restarted without it.
+    stopped = stopped or (code != EXIT_DONE and has_summary and _failed_outside(folder.parent))
     if sealed is not None and stopped and first is not None:
         repeats = _was_in_vain(folder, job_id) and not progressed
         requeues, why = _decide(sealed, job_id, first, in_vain=repeats)
@@ -173,6 +177,15 @@ def _heard_elsewhere(output_dir: Path) -> int | None:
     except (OSError, ValueError, AttributeError):
         return None
     return next((int(number) for number in _STOPS if number.name == name), None)
+
+
+def _failed_outside(output_dir: Path) -> bool:
+    """Whether nobody's code is to blame for how the last run ended."""
+    try:
+        failure = json.loads((output_dir / "summary.json").read_bytes()).get("failure")
+        return failure is not None and failure.get("cause") in OUTSIDE
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _summary_time(output_dir: Path) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ftlaunch.cluster.verdict import Failure
 
 # Nobody's code is to blame: the same attempt may well succeed.
-_OUTSIDE = ("signal", "lost", "stall")
+OUTSIDE = ("signal", "lost", "stall")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class RestartPolicy:
                 why=f"{what}; going on from {goes_on} with half the micro-batch",
                 halves_micro_batch=True,
             )
-        if failure.cause not in _OUTSIDE or self.restarts >= self.max_restarts:
+        if failure.cause not in OUTSIDE or self.restarts >= self.max_restarts:
             return None
         if self._was_outside and not progressed:
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.jobs import (
     ftlaunch,
     metrics_of,
     processes_of,
+    rank_process,
     said,
     wait_until,
 )
@@ -236,6 +238,27 @@ def test_a_job_that_is_told_of_its_end_goes_on_from_there(bed, tmp_path, inputs)
     assert bed.job_state(job) == "CANCELLED"
     assert state_of(bed, out)["status"] == "cancelled"
     assert bed.drained() == {}
+
+
+def test_a_rank_that_is_killed_after_the_notice_keeps_no_job_from_the_queue(bed, tmp_path, inputs):
+    out = tmp_path / "out"
+    words = [word for word in inputs.endless(out) if word not in ("-o", out)]
+    job = submitted(bed, out, *words, "--time", "30")
+    wait_for_step(out, job, 13)
+    # It cannot stop, so the others wait for it.
+    rank = rank_process(out, 1)
+    os.kill(rank, signal.SIGSTOP)
+    bed.run("scancel", "--batch", "--signal=USR1", job)
+    wait_for_words(out, job, "stopping")
+    time.sleep(1.0)
+    os.kill(rank, signal.SIGKILL)
+    wait_for_words(out, job, "goes back into the queue")
+    [end] = runs_of(out, job, "ended")
+    assert (end["exit_code"], end["stop_signal"], end["requeues"]) == (1, "SIGUSR1", True)
+    assert "rank 1 on" in log_of(out, job) and "killed by SIGKILL" in log_of(out, job)
+    wait_for_words(out, job, "resumed after step ")
+    bed.run("scancel", job)
+    wait_until(lambda: not processes_of(out), 20, "the job is gone")
 
 
 @pytest.mark.faults
