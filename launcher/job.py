@@ -427,8 +427,9 @@ class _Job:
         """The last step is not saved if the stop came while the ranks of a failure were ended."""
         saved = self._record.last_saved_step
         if not saved:
-            when = f"after step {done}, before a checkpoint" if done else "before the first step"
-            return f"stopped {when}; run the same command to begin again"
+            if self._record.first_step_at is None:
+                return "stopped before the first step of this run; run the same command again"
+            return f"stopped after step {done}, before a checkpoint; run the same command to begin again"
         if saved < done:
             return (
                 f"stopped after step {done}; step {saved} is saved in {self._folder}; run the same "

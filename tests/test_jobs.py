@@ -19,6 +19,7 @@ from tests.jobs import (
     SCRIPT,
     agent_processes,
     assert_no_process_left,
+    checkpoint_steps,
     contents,
     finish,
     ftlaunch,
@@ -404,6 +405,23 @@ def test_a_killed_rank_without_restarts_ends_the_job(inputs, tmp_path):
     assert (summary["failure"]["rank"], summary["failure"]["cause"]) == (1, "signal")
     assert assert_every_checkpoint_whole(out)
     assert_no_process_left(out)
+
+
+def test_a_stop_before_a_run_has_done_a_step_sends_nobody_back_to_the_beginning(inputs, tmp_path):
+    out = tmp_path / "out"
+    result = ftlaunch(*inputs.command(out, "train.max_steps=2"))
+    assert result.returncode == 0, said(result)
+    owner = out / ".ftlaunch-owner"
+    with start(*inputs.endless(out)) as process:
+        wait_until(lambda: owner.exists() and owner.read_text().endswith("}"), 30, "the owner file")
+        process.send_signal(signal.SIGTERM)
+        result = finish(process, 60)
+    assert result.returncode == 75, said(result)
+    assert "begin again" not in result.stdout
+    assert re.search(
+        r"stopped before (anything was started|the first step of this run)", result.stdout
+    )
+    assert checkpoint_steps(out) == [2]
 
 
 def test_a_stop_while_the_ranks_of_a_failure_are_ended(inputs, tmp_path):
