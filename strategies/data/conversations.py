@@ -19,7 +19,11 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 # A template that says itself what the assistant generates.
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 # Templates that tell the date would give other tokens tomorrow, or on another rank after midnight.
-_NO_CLOCK = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+# The line's end belongs to the macro: it is what the template's own beginning is rendered as without it.
+_NO_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format | replace('%Y', '2024') | replace('%m', '07')"
+    " | replace('%d', '26') | replace('%B', 'July') | replace('%b', 'Jul') }}{% endmacro %}\n"
+)
 # A text that no message begins with.
 _NOTHING_ELSE = "\0"
 
