@@ -76,9 +76,13 @@ def remove_settled(folder: Path) -> None:
 def interrupted(output_dir: Path) -> Path | None:
     """Where the earlier results are while a submission has no answer, or after it was killed then."""
     folder = output_dir / FOLDER
-    if (folder / _PART).exists():
-        return folder / _PART
-    is_open = (folder / _ASIDE).exists() and not (folder / JOB).exists()
+    try:
+        if (folder / _PART).exists():
+            return folder / _PART
+        is_open = (folder / _ASIDE).exists() and not (folder / JOB).exists()
+    except PermissionError:
+        # Somebody else's: only they put it back.
+        return None
     return folder / _ASIDE if is_open else None
 
 

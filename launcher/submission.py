@@ -26,7 +26,7 @@ from ftlaunch.launcher import earlier
 from ftlaunch.launcher.config import RunConfig
 from ftlaunch.launcher.earlier import FOLDER, JOB, LOCK, RUNS
 from ftlaunch.launcher.line_log import LineLog, read_lines
-from ftlaunch.launcher.output_folder import MARK, OWNER
+from ftlaunch.launcher.output_folder import MARK, OWN_NAMES
 from ftlaunch.launcher.script_plan import Script
 from ftlaunch.launcher.slurm_options import printable
 from ftlaunch.strategies.checkpoint.manifest import write_json
@@ -175,7 +175,7 @@ def withdraw(folder: Path, *, was_there: bool) -> None:
     if {path.name for path in folder.iterdir()} <= {LOCK}:
         earlier.remove(folder)
     output_dir = folder.parent
-    if not was_there and {path.name for path in output_dir.iterdir()} <= {MARK, OWNER}:
+    if not was_there and not any((output_dir / name).exists() for name in OWN_NAMES):
         (output_dir / MARK).unlink(missing_ok=True)
 
 

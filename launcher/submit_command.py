@@ -277,7 +277,15 @@ def _ask(
         parameters=dict(batch.parameters),
         fetched=[asdict(each) for each in fetched],
     )
-    submission.settle(inside, job)
+    try:
+        submission.settle(inside, job)
+    except BaseException:
+        print(
+            f"SLURM has taken job {job_id}, which could not be noted down: end it with scancel {job_id}",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise
     return job
 
 
