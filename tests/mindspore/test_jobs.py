@@ -273,3 +273,19 @@ def test_a_rank_table_without_npus(inputs, tmp_path):
 def test_gradient_checkpointing_is_refused(inputs, tmp_path):
     flags = inputs.command(tmp_path / "out", *MINDSPORE, "model.gradient_checkpointing=true")
     assert_mistake(ftlaunch(*flags), "model.gradient_checkpointing", "mindspore")
+
+
+def test_an_adapter_is_refused_by_the_plan(inputs, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    (base / "config.json").write_bytes((inputs.model / "config.json").read_bytes())
+    (base / "model.safetensors").write_bytes(b"looked for, not read")
+    adapter.mkdir()
+    config = (
+        f'{{"peft_type": "LORA", "base_model_name_or_path": "{base}", "r": 4, "lora_alpha": 8}}'
+    )
+    (adapter / "adapter_config.json").write_text(config)
+    job = ("eval", adapter, "--dataset", inputs.data, *MINDSPORE, "-o", tmp_path / "out")
+    for more in ((), ("--dry-run",)):
+        assert_mistake(ftlaunch(*job, *more), "holds an adapter", "ftlaunch merge --adapter")
+    assert not (tmp_path / "out").exists()
