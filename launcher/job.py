@@ -37,6 +37,7 @@ from ftlaunch.launcher.rehearsal import Rehearsal, check_faults, check_site
 from ftlaunch.launcher.report import write_report
 from ftlaunch.launcher.restarts import Restart, RestartPolicy
 from ftlaunch.launcher.site import Site, find_site, orders_for, ways_to
+from ftlaunch.strategies.adapter import adapter_folder
 from ftlaunch.strategies.checkpoint.manifest import write_json
 from ftlaunch.strategies.data.demo import write_demo
 from ftlaunch.strategies.model_config import check_model_folder, family_of
@@ -85,6 +86,7 @@ def show_plan(config: RunConfig, console: Console, *, mode: Mode = "train") -> i
         mode=mode,
         assumed=not site.is_one_machine,
         family=family_of(config.model),
+        is_adapter=adapter_folder(config.model) is not None,
     )
     console.plan([*machine.notes, *plan.describe()])
     console.say("dry run: nothing was started")
@@ -124,6 +126,7 @@ def run_job(
             output_dir=str(folder),
             mode=mode,
             family=family_of(config.model),
+            is_adapter=adapter_folder(config.model) is not None,
         )
         check_faults(rehearsal.faults, num_nodes=plan.num_nodes, world_size=plan.world_size)
     need_descriptors(len(site.hosts))
@@ -234,6 +237,7 @@ class _Job:
             output_dir=str(self._folder),
             mode=self._mode,
             family=family_of(self._config.model),
+            is_adapter=adapter_folder(self._config.model) is not None,
         )
 
     # -- running ----------------------------------------------------------------------------

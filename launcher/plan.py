@@ -95,12 +95,14 @@ def make_plan(
     mode: Literal["train", "eval"] = "train",
     assumed: bool = False,
     family: str | None = None,
+    is_adapter: bool = False,
 ) -> LaunchPlan:
     """Decide everything. Pure: the same arguments give the same plan.
 
     machines   one for each node; on one machine that plays several nodes the same one repeated
     assumed    the machines after the first were not asked
     family     of the model (`model_config.family_of`), None where it is not known yet
+    is_adapter the model is an adapter's folder
     UserError when what was asked for cannot be done.
     """
     reasons: list[Reason] = []
@@ -116,7 +118,7 @@ def make_plan(
     strategy = _strategy(config, machines, accelerator, reasons)
     _check_packages(strategy, machines)
     if entry(strategy).package == "mindspore":
-        _check_mindspore(config, strategy, mode, family)
+        _check_mindspore(config, strategy, mode, family, is_adapter=is_adapter)
     if mode == "train":
         _check_lora(config, strategy, machines, reasons)
     precision = _precision(config, machines, accelerator, strategy, reasons)
@@ -185,8 +187,15 @@ def _strategy(
     return chosen
 
 
-def _check_mindspore(config: RunConfig, strategy: str, mode: str, family: str | None) -> None:
+def _check_mindspore(
+    config: RunConfig, strategy: str, mode: str, family: str | None, *, is_adapter: bool
+) -> None:
     """UserError for what mindone's models do not do, or do otherwise than torch's."""
+    if is_adapter:
+        raise UserError(
+            f"{config.model.name_or_path} holds an adapter, which the strategy {strategy} cannot put into "
+            "its base. Merge it first (ftlaunch merge --adapter), and evaluate the merged model."
+        )
     if config.model.gradient_checkpointing:
         raise UserError(
             f"model.gradient_checkpointing is set, and --strategy {strategy} has none: mindone's models "

@@ -21,7 +21,6 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         "layoutlm",
         "llama",
         "megatron-bert",
-        "mobilebert",
         "phi",
         "qwen2",
         "rembert",
@@ -68,12 +67,14 @@ _REASONS: Mapping[tuple[str, str], str] = {
     ("token-classification", "qwen2"): (
         "whose head in mindone keeps with the probability with which it should drop"
     ),
+    ("text-classification", "mobilebert"): _PADDING,
     ("token-classification", "mobilebert"): _PADDING,
     ("masked-lm", "mobilebert"): _PADDING,
     ("causal-lm", "stablelm"): "which gives logits of the last token only in mindone",
     ("masked-lm", "electra"): _NO_HEAD,
     ("masked-lm", "layoutlm"): _NO_HEAD,
     ("masked-lm", "megatron-bert"): _NO_HEAD,
+    ("causal-lm", "mobilebert"): _BOTH_WAYS,
     **{
         ("causal-lm", family): _BOTH_WAYS
         for family in FAMILIES["text-classification"]

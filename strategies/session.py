@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.world import World
 from ftlaunch.strategies import registry
-from ftlaunch.strategies.adapter import adapter_folder, with_tokenizer
+from ftlaunch.strategies.adapter import with_tokenizer
 from ftlaunch.strategies.base import Strategy, StrategyRequest
 from ftlaunch.strategies.checkpoint.agreement import all_or_none
 from ftlaunch.strategies.checkpoint.identity import check_same_job, job_identity
@@ -133,11 +133,6 @@ def evaluate(request: SessionRequest, *, emit: Callable[[Progress], None], stop:
     """Collective: evaluate a trained model; rank 0 writes predictions.jsonl. Never stopped halfway."""
     started = time.perf_counter()
     options = request.options
-    if request.strategy == "mindspore" and adapter_folder(options.model) is not None:
-        raise UserError(
-            f"{options.model.name_or_path} holds an adapter, which the strategy mindspore cannot put into "
-            "its base. Merge it first (ftlaunch merge --adapter), and evaluate the merged model."
-        )
     config = read_model_config(options.model)
     names = labels_of(config)
     say = emit if request.world.is_main else lambda message: None

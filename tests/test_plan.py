@@ -44,12 +44,13 @@ GPU = replace(
 HERE = Network(address="127.0.0.1", interfaces=("lo", "lo"))
 
 
-def _plan(*machines, family=None, mode="train", **flags):
+def _plan(*machines, family=None, is_adapter=False, mode="train", **flags):
     overrides = flags.pop("overrides", [])
     config = load_config(file=None, flags=flags, overrides=overrides)
     site = find_site(config.cluster, {})
     machines = machines or (CPU,) * len(site.hosts)
-    return make_plan(config, machines, site, output_dir="out", mode=mode, family=family)
+    known = {"family": family, "is_adapter": is_adapter}
+    return make_plan(config, machines, site, output_dir="out", mode=mode, **known)
 
 
 def test_four_nodes_on_one_cpu_machine():
@@ -169,6 +170,8 @@ MINDSPORE = replace(CPU, versions={"mindspore": "2.10.0", "mindone": "0.5.0"})
             "deberta-v2",
             "'deberta-v2' model, which mindone does not have for text-cl",
         ),
+        ("text-classification", "mobilebert", "neighbours of a token, at padding too"),
+        ("causal-lm", "mobilebert", "would see the tokens that it is to predict"),
         ("token-classification", "qwen2", "keeps with the probability with which it should drop"),
         ("token-classification", "llama", "automatic classes do not have for token-classification"),
         ("causal-lm", "bert", "would see the tokens that it is to predict.*: falcon, gemma, llama"),
@@ -204,3 +207,13 @@ def test_mindspore_does_not_pack_samples():
     assert _plan(**packed).strategy == "ddp"
     joined = {"task": "causal-lm", "overrides": ["data.packing=concatenate"]}
     assert _plan(MINDSPORE, **joined).strategy == "mindspore"
+
+
+def test_mindspore_does_not_evaluate_an_adapter():
+    evaluation = {"model": "out/model", "dataset": "d", "mode": "eval", "is_adapter": True}
+    with pytest.raises(
+        UserError,
+        match=r"out/model holds an adapter, which the strategy mindspore .*Merge it first",
+    ):
+        _plan(MINDSPORE, **evaluation)
+    assert _plan(**evaluation).strategy == "ddp"

@@ -29,6 +29,7 @@ from ftlaunch.strategies.loss_scale import LossScaler
 from ftlaunch.strategies.mindspore.adamw import MOMENTS, AdamW
 from ftlaunch.strategies.mindspore.dropout import make_dropout_stateless, seed_dropout
 from ftlaunch.strategies.mindspore.forward import (
+    CUT_AT_PADDING,
     check_padding_inside,
     logits_of,
     pad_to_buckets,
@@ -81,7 +82,7 @@ class MindSporeDataParallel:
         self._accelerator = request.accelerator
         self._pad_token_id = request.pad_token_id
         looks_for_last = request.head == "sequence-classification"
-        self._checks_padding = looks_for_last and named.model.config.model_type == "qwen2"
+        self._checks_padding = looks_for_last and named.model.config.model_type in CUT_AT_PADDING
         self._max_length = max_length_of(named.model.config.to_dict())
         self._loss = LOSSES[request.loss]
         self._max_grad_norm = train.max_grad_norm

@@ -12,18 +12,20 @@ from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.base import Batch
 from ftlaunch.strategies.data.tasks import UNSUPERVISED
 
+# Families that mindone classifies by the token before the first padding token of a row, and transformers
+# by the last token that is none.
+CUT_AT_PADDING = ("llama", "qwen2")
+
 
 def check_padding_inside(batch: Batch, pad_token_id: int) -> None:
-    """UserError where the padding token stands in a text: mindone's Qwen2 takes what comes before the
-    first one for the whole text, transformers what comes before the last.
-    """
+    """UserError where the padding token stands in a text, for classifiers of `CUT_AT_PADDING`."""
     inside = (batch.inputs["input_ids"] == pad_token_id) & (batch.inputs["attention_mask"] == 1)
     rows = inside.any(axis=1) & (batch.indices >= 0)
     if rows.any():
         raise UserError(
             f"sample {int(batch.indices[rows][0])} has the padding token (number {pad_token_id}) "
-            "inside its text, which mindone's model would cut off there. Choose a tokenizer whose "
-            "padding token is one of its own (model.tokenizer), or use --strategy ddp."
+            "inside its text, which mindone's model would take for the text's end. Choose a tokenizer "
+            "whose padding token is one of its own (model.tokenizer), or use --strategy ddp."
         )
 
 

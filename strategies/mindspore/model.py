@@ -134,6 +134,7 @@ def _build(head: str, config: Any, options: ModelOptions) -> Any:
         modeling_utils._init_weights = True
     model.tie_weights()
     _use_late_biases(model)
+    _hold_padding_still(model)
     return model
 
 
@@ -148,6 +149,23 @@ def _use_late_biases(model: Any) -> None:
             and cell._params.get("bias") is not None
         ):
             cell.has_bias, cell.bias_add = True, ops.BiasAdd()
+
+
+def _hold_padding_still(model: Any) -> None:
+    """Give the embedding of padding no gradient, wherever it stands: torch and mint do so, the classic
+    cell does not.
+    """
+    for _, cell in model.cells_and_names():
+        if isinstance(cell, nn.Embedding) and cell.padding_idx is not None:
+            cell.construct = _with_padding_still(cell.construct, cell.padding_idx)
+
+
+def _with_padding_still(construct: Any, padding: int) -> Any:
+    def look_up(ids: Any) -> Any:
+        found = construct(ids)
+        return ops.where((ids == padding).expand_dims(-1), ops.stop_gradient(found), found)
+
+    return look_up
 
 
 def _load_weights(

@@ -257,10 +257,10 @@ def test_a_model_that_mindone_does_not_have(inputs, tmp_path):
     (model / "config.json").write_text(json.dumps({**config, "model_type": "deberta_v3"}))
     result = ftlaunch(*inputs.command(tmp_path / "out", *MINDSPORE, model=model))
     assert_mistake(result, "deberta_v3")
-    # transformers has it, mindone does not.
-    (model / "config.json").write_text(json.dumps({**config, "model_type": "big_bird"}))
+    # transformers has it; mindone's was never compared.
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "convbert"}))
     result = ftlaunch(*inputs.command(tmp_path / "out", *MINDSPORE, model=model))
-    assert_mistake(result, "'big_bird'", "mindone does not have", "Nearest to it")
+    assert_mistake(result, "'convbert'", "mindone does not have", "never compared", "Nearest to it")
 
 
 def test_a_rank_table_without_npus(inputs, tmp_path):
@@ -273,3 +273,19 @@ def test_a_rank_table_without_npus(inputs, tmp_path):
 def test_gradient_checkpointing_is_refused(inputs, tmp_path):
     flags = inputs.command(tmp_path / "out", *MINDSPORE, "model.gradient_checkpointing=true")
     assert_mistake(ftlaunch(*flags), "model.gradient_checkpointing", "mindspore")
+
+
+def test_an_adapter_is_refused_by_the_plan(inputs, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    (base / "config.json").write_bytes((inputs.model / "config.json").read_bytes())
+    (base / "model.safetensors").write_bytes(b"looked for, not read")
+    adapter.mkdir()
+    config = (
+        f'{{"peft_type": "LORA", "base_model_name_or_path": "{base}", "r": 4, "lora_alpha": 8}}'
+    )
+    (adapter / "adapter_config.json").write_text(config)
+    job = ("eval", adapter, "--dataset", inputs.data, *MINDSPORE, "-o", tmp_path / "out")
+    for more in ((), ("--dry-run",)):
+        assert_mistake(ftlaunch(*job, *more), "holds an adapter", "ftlaunch merge --adapter")
+    assert not (tmp_path / "out").exists()

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.data.sample_order import samples_digest
 from ftlaunch.strategies.loop import Cursor, train
 from ftlaunch.strategies.schedule import Schedule
@@ -421,24 +420,6 @@ def test_rotary_embeddings_as_transformers_5_writes_them(tmp_path):
     config = {**tiny.CONFIGS["qwen2"], "rope_parameters": rope, "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config))
     assert run_ranks(1, _theta, folder) == [1e6]
-
-
-def _padding_inside(world, folder):
-    strategy = create(world, folder)
-    view = tiny.windows(world, tiny.random_table(4), global_batch=4, micro_batch=4)
-    [(batch, _)] = view.micro_batches(view.order.global_batch(0), 0)
-    batch.inputs["input_ids"][2, 1] = 0
-    try:
-        strategy.predict(batch)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def test_a_padding_token_inside_a_text(tmp_path):
-    assert run_ranks(1, _padding_inside, write_config(tmp_path / "bert", "bert")) == [""]
-    [said] = run_ranks(1, _padding_inside, write_config(tmp_path / "qwen2", "qwen2"))
-    assert "padding token (number 0)" in said
 
 
 # -- AdamW --------------------------------------------------------------------------------------

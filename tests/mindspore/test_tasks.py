@@ -1,4 +1,4 @@
-"""Tasks with labels of tokens under `mindspore`, against torch's plain computation of the same samples.
+"""Every task under `mindspore`, against torch's plain computation of the same samples.
 
 Every family that a task is carried for is compared here; what is not is refused before anything starts.
 """
@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.base import Batch
 from tests import tiny
 from tests.mindspore import heads
@@ -39,12 +40,13 @@ def _create(world, folder, head):
     from ftlaunch.strategies.mindspore import data_parallel
 
     request = tiny.request(world, None, folder, model={"random_weights": False})
-    names = heads.TAGS if head == "token-classification" else ()
+    names = heads.TAGS if head.endswith("classification") else ()
+    loss = "cross_entropy" if head == "sequence-classification" else "token_cross_entropy"
     return data_parallel.create(
         replace(
             request,
             head=head,
-            loss="token_cross_entropy",
+            loss=loss,
             num_outputs=len(names),
             label_names=names,
         )
@@ -116,6 +118,75 @@ def test_a_family_computes_what_it_does_in_torch(models, head, family):
     assert worst < 1e-5
 
 
+def _classified(world, folder):
+    """Gradients, loss and logits of the texts; the same in a shape of the few."""
+    from ftlaunch.strategies.mindspore.forward import pad_to_buckets
+
+    strategy = _create(world, folder, "sequence-classification")
+    known = dict(np.load(folder / "1.npz"))
+    batch = Batch(
+        inputs={"input_ids": known["ids"], "attention_mask": known["mask"]},
+        labels=known["labels"],
+        weights=np.ones(len(known["labels"]), dtype=np.float32),
+        indices=np.arange(len(known["labels"])),
+        seed=0,
+    )
+    found = []
+    pad = int(known["ids"][known["mask"] == 0][0])
+    for each in (batch, pad_to_buckets(batch, rows=8, pad_token_id=pad)):
+        strategy._gradients, strategy._window_loss = None, 0.0
+        strategy.accumulate(each, float(len(batch.labels)), last=True)
+        shape = each.inputs["input_ids"].shape
+        found.append((_gradients(strategy), strategy._window_loss, strategy.predict(each), shape))
+    return found
+
+
+@pytest.mark.parametrize("family", heads.CLASSIFIERS)
+def test_a_family_classifies_as_it_does_in_torch(models, family):
+    folder = models / f"sequence-classification-{family}"
+    expected, gradients = _expected(folder, 1)
+    [found] = run_ranks(1, _classified, folder)
+    for gradient, loss, logits, shape in found:
+        worst = np.abs(logits[:6] - expected["logits"]).max() / np.abs(expected["logits"]).max()
+        ratio, error = _errors(gradient, gradients)
+        print(f"{family} {shape}: logits {worst:.1e} ratio-1 {ratio:.1e} error {error:.1e}")
+        assert worst < 1e-5
+        assert loss == pytest.approx(float(expected["loss"]), rel=1e-5)
+        assert abs(ratio) < 1e-5
+        assert error < 1e-5
+    assert found[1][3] == (8, 48)
+
+
+def _said_of_padding_inside(world, folder):
+    strategy = _create(world, folder, "sequence-classification")
+    known = dict(np.load(folder / "1.npz"))
+    inside = known["ids"].copy()
+    inside[1, 11] = strategy.model.config.pad_token_id
+    batch = Batch(
+        inputs={"input_ids": inside, "attention_mask": known["mask"]},
+        labels=known["labels"],
+        weights=np.ones(6, dtype=np.float32),
+        indices=np.arange(20, 26),
+        seed=0,
+    )
+    try:
+        strategy.predict(batch)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("family", ["bert", *heads.DECODERS])
+def test_a_padding_token_inside_a_text(models, family):
+    """What is not refused has torch's numbers: the texts of the test before have one."""
+    [said] = run_ranks(1, _said_of_padding_inside, models / f"sequence-classification-{family}")
+    if family in heads.CUT_OFF_AT_PADDING:
+        assert "sample 21 has the padding token (number 0)" in said
+        assert "--strategy ddp" in said
+    else:
+        assert said == ""
+
+
 # -- a window ------------------------------------------------------------------------------------
 
 
@@ -146,6 +217,36 @@ def test_window_gradient_is_that_of_the_full_batch(models, head, family, step, a
         assert batches == accumulation
         ratio, error = _errors(found, gradients)
         print(f"{head} {family}: ratio-1 {ratio:.1e} error {error:.1e}")
+        assert abs(ratio) < 1e-5
+        assert error < 1e-5
+
+
+def _joined_window(world, folder):
+    """The gradient and the loss of all pieces of the stream, both summed over the ranks."""
+    from ftlaunch.strategies.mindspore.group import all_reduce, gather
+
+    strategy = _create(world, folder, "causal-lm")
+    view = heads.windows(world, "causal-lm", pad_token_id=0, micro_batch=8, is_joined=True)
+    indices = view.order.global_batch(0)
+    for batch, last in view.micro_batches(indices, 0):
+        strategy.accumulate(batch, view.total_items(indices, 0), last=last)
+    strategy._gradients = [
+        all_reduce(gradient.reshape(-1)).reshape(gradient.shape) for gradient in strategy._gradients
+    ]
+    loss = gather(world, np.array([strategy._window_loss])).sum()
+    found = _gradients(strategy)
+    strategy.close()
+    return found, loss
+
+
+def test_texts_that_are_joined_have_transformers_own_loss(models):
+    """data.packing=concatenate"""
+    folder = models / "-".join(heads.JOINED)
+    expected, gradients = _expected(folder, "joined")
+    for found, loss in run_ranks(2, _joined_window, folder):
+        ratio, error = _errors(found, gradients)
+        print(f"loss {loss / expected['loss'] - 1:.1e} ratio-1 {ratio:.1e} error {error:.1e}")
+        assert loss == pytest.approx(float(expected["loss"]), rel=1e-5)
         assert abs(ratio) < 1e-5
         assert error < 1e-5
 

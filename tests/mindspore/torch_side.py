@@ -87,8 +87,10 @@ def _heads(root: Path) -> None:
         "token-classification": transformers.AutoModelForTokenClassification,
         "causal-lm": transformers.AutoModelForCausalLM,
         "masked-lm": transformers.AutoModelForMaskedLM,
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
     }
-    for head, family in heads.PAIRS:
+    classifiers = [("sequence-classification", family) for family in heads.CLASSIFIERS]
+    for head, family in (*heads.PAIRS, *classifiers):
         config = transformers.AutoConfig.for_model(
             **heads.config_of(family), num_labels=len(heads.TAGS)
         )
@@ -104,10 +106,15 @@ def _heads(root: Path) -> None:
                 parameter.copy_(float(is_norm) + 0.1 * torch.randn_like(parameter))
         folder = root / f"{head}-{family}"
         model.save_pretrained(folder)
+        if head == "sequence-classification":
+            _expect_classes(folder / "1.npz", model, family)
+            continue
         order = heads.windows(World.alone(), head, pad_token_id=0, micro_batch=1).order
         steps = (0, 1) if (head, family) in heads.WINDOW_PAIRS else (1,)
         for step in steps:
             _expect(folder / f"{step}.npz", model, head, order.global_batch(step))
+        if (head, family) == heads.JOINED:
+            _expect_joined(folder / "joined.npz", model)
 
 
 def _expect(out: Path, model: Any, head: str, indices: NDArray[np.int64]) -> None:
@@ -132,10 +139,47 @@ def _expect(out: Path, model: Any, head: str, indices: NDArray[np.int64]) -> Non
         "aliases": np.array([f"{n} {m}" for n, m in sorted(aliases_of(model).items())], dtype=str),
         **batch,
     }
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            found[f"gradient {name}"] = parameter.grad.numpy()
+    np.savez(out, **(found | _named_gradients(model)))
+
+
+def _expect_classes(out: Path, model: Any, family: str) -> None:
+    """Logits, torch's own mean loss and its gradients, of the texts in one piece."""
+    import torch
+    from torch.nn import functional
+
+    from tests.mindspore import heads
+
+    batch = heads.texts(family, int(model.config.pad_token_id))
+    ids, mask, labels = (torch.from_numpy(batch[name]) for name in ("ids", "mask", "labels"))
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    loss = functional.cross_entropy(logits, labels)
+    torch.autograd.backward(loss)
+    found: dict[str, Any] = {"loss": loss.detach().numpy(), "logits": logits.detach().numpy()}
+    found |= {**batch, **_named_gradients(model)}
     np.savez(out, **found)
+
+
+def _expect_joined(out: Path, model: Any) -> None:
+    """transformers' own loss of one stream of all rows, cut into pieces, and its gradients."""
+    import torch
+
+    from tests.mindspore import heads
+
+    batch = {name: torch.from_numpy(values) for name, values in heads.joined().items()}
+    labels = torch.where(batch["mask"] == 1, batch["ids"], -100)
+    model.zero_grad()
+    loss = model(input_ids=batch["ids"], attention_mask=batch["mask"], labels=labels).loss
+    loss.backward()
+    found: dict[str, Any] = {"loss": loss.detach().numpy()}
+    np.savez(out, **(found | _named_gradients(model)))
+
+
+def _named_gradients(model: Any) -> dict[str, Any]:
+    return {
+        f"gradient {name}": parameter.grad.numpy()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 if __name__ == "__main__":
