@@ -129,6 +129,20 @@ def test_the_embedding_of_a_classification_is_tied_to_nothing(tmp_path, merge):
         assert_same(logits(model), expected)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_output_of_its_own_has_the_words_of_the_embedding(tmp_path, merge):
+    model = write_qwen(tmp_path / "base", tie_word_embeddings=True)
+    adapt(model, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    weights["base_model.model.lm_head.weight"] = np.ones((23, 8), "<f4")
+    save_file(weights, path)
+    code, text = merge("--adapter", tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
+    assert code == 2, text
+    assert "lm_head.weight has 23 rows, model.embed_tokens.weight 20" in text
+    assert not (tmp_path / "merged").exists()
+
+
 # -- words and labels --------------------------------------------------------------------------
 
 

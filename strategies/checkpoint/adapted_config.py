@@ -85,12 +85,13 @@ def config_changes(
     shapes = {w.name: w.shape for w in weights} | {n: w.shape for n, w in fitted.replaced.items()}
     words = [name for name in shapes if name.endswith(EMBEDDINGS)]
     outputs = [name for name in shapes if is_output(name)]
-    resized = [
-        name
-        for name in (*words, *outputs)
-        if name in fitted.replaced
-        and any(w.name == name and w.shape != shapes[name] for w in weights)
-    ]
+    before = {weight.name: weight.shape[0] for weight in weights if weight.shape}
+    known = {before[name] for name in words if name in before}
+    resized = []
+    for name in (*words, *outputs):
+        there = {before[name]} if name in before else known
+        if name in fitted.replaced and there and shapes[name][0] not in there:
+            resized.append(name)
     if resized:
         rows = shapes[resized[0]][0]
         for name in (*words, *outputs):
