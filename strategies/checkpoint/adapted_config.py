@@ -83,6 +83,7 @@ def config_changes(
     """
     changes: dict[str, Any] = {}
     shapes = {w.name: w.shape for w in weights} | {n: w.shape for n, w in fitted.replaced.items()}
+    shapes = {name: shape for name, shape in shapes.items() if len(shape) == 2}
     words = [name for name in shapes if name.endswith(EMBEDDINGS)]
     outputs = [name for name in shapes if is_output(name)]
     before = {weight.name: weight.shape[0] for weight in weights if weight.shape}
