@@ -18,7 +18,11 @@ from typing import Any, NoReturn, TextIO
 from ftlaunch.cluster.errors import EXIT_DONE, EXIT_FAILED, UserError
 from ftlaunch.launcher.merge_target import new_folder
 from ftlaunch.launcher.wording import one_line
-from ftlaunch.strategies.checkpoint.adapter_source import copy_adapted_files, open_adapted
+from ftlaunch.strategies.checkpoint.adapter_source import (
+    copy_adapted_files,
+    open_adapted,
+    open_adapter,
+)
 from ftlaunch.strategies.checkpoint.conversion import SaveDtype
 from ftlaunch.strategies.checkpoint.manifest import CheckpointDamaged
 from ftlaunch.strategies.checkpoint.merge import (
@@ -101,9 +105,12 @@ def _merge(source_path: Path, target: Path, dtype: SaveDtype, model: str | None)
 def _merge_adapter(adapter: Path, arguments: argparse.Namespace, target: Path) -> int:
     """An adapter into its base's weights. The exit code."""
     started = time.monotonic()
-    base = model_folder(arguments.source, of="BASE", weights=True).absolute()
+    opened = open_adapter(adapter)
+    # Another model's revisions are others.
+    revision = opened.config.revision if arguments.source == opened.config.base else None
+    base = model_folder(arguments.source, of="BASE", weights=True, revision=revision).absolute()
     given = None if arguments.model is None else model_folder(arguments.model)
-    model = open_adapted(adapter, base)
+    model = open_adapted(opened, base)
     if given is not None:
         check_shapes(model.weights, given)
     if arguments.verify:

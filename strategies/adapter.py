@@ -50,6 +50,8 @@ class AdapterConfig:
     base            the model that it was trained on, as its maker named it
     fan_in_fan_out  some matrices have a row for each input (GPT-2's Conv1D)
     ranks, alphas   of modules whose names end so, where they differ from r and alpha
+    whole           ends of names of the modules that it holds whole
+    task            as peft calls it: "CAUSAL_LM"
     """
 
     base: str | None
@@ -61,6 +63,8 @@ class AdapterConfig:
     fan_in_fan_out: bool
     ranks: Mapping[str, float]
     alphas: Mapping[str, float]
+    whole: tuple[str, ...]
+    task: str | None
 
     def rank_of(self, module: str) -> int:
         return int(_of(self.ranks, module, self.r))
@@ -84,9 +88,17 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
+def _expanded(name: str) -> Path:
+    """The home of nobody stays as it is written: it is not there."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def adapter_folder(options: ModelOptions) -> Path | None:
     """The folder, where what is named is a local adapter."""
-    folder = Path(str(options.name_or_path)).expanduser()
+    folder = _expanded(str(options.name_or_path))
     try:
         return folder if is_adapter(folder) else None
     except OSError:
@@ -104,7 +116,7 @@ def base_options(options: ModelOptions) -> ModelOptions:
             f"the adapter {folder} does not say which model it belongs to (base_model_name_or_path in "
             f"{ADAPTER_CONFIG}). Merge it: ftlaunch merge --adapter {folder} BASE TARGET."
         )
-    base = Path(config.base).expanduser()
+    base = _expanded(config.base)
     if config.base.startswith(("/", "./", "../", "~")) and not base.is_dir():
         raise UserError(
             f"the adapter {folder} belongs to the model {config.base}, which is not here. Put it there, or "
@@ -170,6 +182,8 @@ def read_adapter_config(path: Path) -> AdapterConfig:
             name: _number(value, f"alpha_pattern.{name}", path)
             for name, value in _pattern(raw, "alpha_pattern", path).items()
         },
+        whole=_names(raw.get("modules_to_save"), "modules_to_save", path),
+        task=_text(raw, "task_type", path),
     )
 
 
@@ -187,9 +201,22 @@ def _rank(value: Any, key: str, path: Path) -> int:
 
 
 def _number(value: Any, key: str, path: Path) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
+    try:
+        found = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
         raise UserError(f"{path}: {key} is {_short(value)}: it must be a number.")
-    return float(value)
+    return found
+
+
+def _names(value: Any, key: str, path: Path) -> tuple[str, ...]:
+    names = value or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"{path}: {key} is {_short(value)}: it must be a list of modules' names. Correct it."
+        )
+    return tuple(names)
 
 
 def _pattern(raw: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:

@@ -37,7 +37,9 @@ def absolute_path(name: str) -> Path:
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"the path {name[:200]} cannot be used: {reason}. Correct it.") from None
+        raise UserError(
+            f"the path {name[:200]} cannot be used: {reason.rstrip('.')}. Correct it."
+        ) from None
     return path
 
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from ftlaunch.strategies import registry
 from ftlaunch.strategies.checkpoint.manifest import folder_name, read_manifest
@@ -97,14 +98,16 @@ def _reference(world, listen_fd, folder, lora):
         for name, a in trained.items():
             if ".lora_A." in name:
                 module = name.partition(".lora_A.")[0]
-                changed = frozen[f"{module}.weight"] + scale * (
-                    trained[f"{module}.lora_B.default.weight"] @ a
-                )
+                added = scale * (trained[f"{module}.lora_B.default.weight"] @ a)
+                # GPT-2's Conv1D has a row for each input.
+                turned = isinstance(model.get_submodule(module), Conv1D)
+                base = frozen[f"{module}.weight"]
+                changed = (base.T if turned else base) + added
                 if lora.use_dora:
                     length = changed.detach().norm(dim=1)
                     magnitude = trained[f"{module}.lora_magnitude_vector.default.weight"]
                     changed = (magnitude / length)[:, None] * changed
-                found[f"{module}.weight"] = changed
+                found[f"{module}.weight"] = changed.T if turned else changed
             elif ".lora_" not in name:
                 found[name] = trained[name]
         return found
@@ -183,6 +186,36 @@ def test_thirty_steps_are_those_of_the_full_batch(bert, reference, name, ranks, 
         assert worst[0] < 1e-5
         assert worst[1] < 1e-4
     # It has learned something.
+    assert expected[-1][1] < expected[0][1]
+
+
+GPT2 = LoraOptions(r=4, alpha=8, use_dora=True, target_modules=("c_attn", "c_proj"))
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """Matrices with a row for each input, some of them square."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        **{"vocab_size": tiny.VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 2},
+        **{"n_positions": 64, "initializer_range": 0.1, "pad_token_id": 0},
+        **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    )
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("ddp", 2), ("zero3", 2)])
+def test_thirty_steps_of_matrices_with_a_row_for_each_input(gpt2, name, ranks):
+    expected = run_ranks(1, _reference, gpt2, GPT2)[0]
+    for seen in run_ranks(ranks, _train, gpt2, name, GPT2):
+        assert [digest for digest, _, _ in seen] == [digest for digest, _, _ in expected]
+        losses, wanted = (np.array([(x, y) for _, x, y in each]) for each in (seen, expected))
+        worst = np.abs(losses / wanted - 1).max(axis=0)
+        print(f"{name}, {ranks} ranks: loss {worst[0]:.1e} norm {worst[1]:.1e}")
+        assert worst[0] < 1e-5
+        assert worst[1] < 1e-4
     assert expected[-1][1] < expected[0][1]
 
 

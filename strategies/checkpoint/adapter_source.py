@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,12 @@ from ftlaunch.strategies.adapter import (
     is_adapter,
     read_adapter_config,
 )
+from ftlaunch.strategies.checkpoint.adapted_config import (
+    change_config,
+    check_sizes,
+    config_changes,
+    fit_labels,
+)
 from ftlaunch.strategies.checkpoint.adapter_weights import (
     fit_adapter,
     merged_weights,
@@ -33,19 +39,18 @@ from ftlaunch.strategies.checkpoint.model_files import (
     CONFIG_NAME,
     ModelShapes,
     fit_config,
+    has_tokenizer,
+    is_of_tokenizer,
     model_files,
     read_config,
 )
 from ftlaunch.strategies.checkpoint.sources import open_source
 from ftlaunch.strategies.checkpoint.torch_zip import ITEM_BYTES
 from ftlaunch.strategies.checkpoint.weights import Weight
-from ftlaunch.strategies.files import replace_file
 from ftlaunch.strategies.safetensors_file import FileDamaged
 
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-# The last matrix of a classification: it has a row for each label.
-_LABELS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +59,14 @@ class AdaptedModel:
 
     what     a line for the user
     weights  of the whole model; what the adapter changes says how
+    changes  what its config.json says other than the base's
     adapter  the folder of the adapter's other files
     base     the folder of the base
     """
 
     what: str
     weights: tuple[Weight, ...]
+    changes: Mapping[str, Any]
     notes: tuple[str, ...]
     adapter: Path
     base: Path
@@ -86,22 +93,61 @@ class AdaptedModel:
 _SAVED: dict[str, SaveDtype] = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 
-def open_adapted(adapter: Path, base: Path) -> AdaptedModel:
-    """Reads headers alone. UserError when either is missing, or they do not belong together.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """An adapter alone.
 
-    adapter   peft's folder, a checkpoint of ours that holds an adapter, or such a job's output folder
-    base      a folder with config.json and safetensors files
+    name     as the user called it
+    what     a line for the user
+    folder   of its files beside the weights
     """
-    what, weights, notes, files = _open_adapter(adapter)
-    config = read_adapter_config(files / ADAPTER_CONFIG)
+
+    name: str
+    what: str
+    weights: tuple[Weight, ...]
+    notes: tuple[str, ...]
+    folder: Path
+    config: AdapterConfig
+
+
+def open_adapter(path: Path) -> Adapter:
+    """Reads headers alone. UserError when it is none.
+
+    path   peft's folder, a checkpoint of ours that holds an adapter, or such a job's output folder
+    """
+    what, weights, notes, folder = _open_adapter(path)
+    return Adapter(
+        name=str(path),
+        what=what,
+        weights=weights,
+        notes=notes,
+        folder=folder,
+        config=read_adapter_config(folder / ADAPTER_CONFIG),
+    )
+
+
+def open_adapted(adapter: Adapter, base: Path) -> AdaptedModel:
+    """Reads headers alone. UserError when they do not belong together.
+
+    base   a folder with config.json and safetensors files
+    """
     own = base_weights(base)
     known = ModelShapes({weight.name: weight.shape for weight in own})
-    fitted = fit_adapter(weights, config, known, adapter=str(adapter), base=str(base))
+    names = {"adapter": adapter.name, "base": str(base)}
+    fitted = fit_adapter(adapter.weights, adapter.config, known, **names)
+    says = read_config(base) if (base / CONFIG_NAME).is_file() else {}
+    if (adapter.folder / MODEL_CONFIG).is_file():
+        trained = read_config(adapter.folder, MODEL_CONFIG)
+        check_sizes(trained, says, **names)
+        says = trained
     return AdaptedModel(
-        what=f"{what}; {len(fitted.changed)} matrices of {base}{_named(config, base)}",
+        what=(
+            f"{adapter.what}; {len(fitted.changed)} matrices of {base}{_named(adapter.config, base)}"
+        ),
         weights=merged_weights(own, fitted),
-        notes=notes,
-        adapter=files,
+        changes=config_changes(own, fitted, adapter.config, says, **names),
+        notes=adapter.notes,
+        adapter=adapter.folder,
         base=base,
     )
 
@@ -180,34 +226,25 @@ def copy_adapted_files(
 ) -> None:
     """config.json and the tokenizer into `folder`, synced to the disk.
 
-    From `given`, else from the adapter, and what that lacks from the base.
+    From `given`, else from the adapter, and what that lacks from the base; a tokenizer is of one place.
     """
     places = [given] if given is not None else [model.base, model.adapter]
+    own_tokenizer = given is None and has_tokenizer(model.adapter)
     for place in places:
         for name in model_files(place):
             # The adapter's own configuration is under another name, which follows.
-            if name != CONFIG_NAME or place != model.adapter:
-                shutil.copyfile(place / name, folder / name)
+            if name == CONFIG_NAME and place == model.adapter:
+                continue
+            if own_tokenizer and place == model.base and is_of_tokenizer(name):
+                continue
+            shutil.copyfile(place / name, folder / name)
     if given is None and (model.adapter / MODEL_CONFIG).is_file():
         shutil.copyfile(model.adapter / MODEL_CONFIG, folder / CONFIG_NAME)
     elif given is None and (folder / CONFIG_NAME).is_file():
-        _fit_labels(folder, model.weights)
+        fit_labels(folder, model.weights)
+    if (folder / CONFIG_NAME).is_file():
+        change_config(folder, model.changes)
     fit_config(folder, dtype)
     for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-
-
-def _fit_labels(folder: Path, weights: Sequence[Weight]) -> None:
-    """The base's config.json knows nothing of the adapter's head: have it say as many labels."""
-    config: dict[str, Any] = read_config(folder)
-    rows = [w.shape[0] for w in weights if w.name in _LABELS and len(w.shape) == 2]
-    labels = config.get("id2label")
-    known = len(labels) if isinstance(labels, dict) else 2
-    if len(rows) != 1 or rows[0] == known:
-        return
-    names = {str(i): f"LABEL_{i}" for i in range(rows[0])}
-    config["id2label"] = names
-    config["label2id"] = {name: int(i) for i, name in names.items()}
-    with replace_file(folder / CONFIG_NAME) as file:
-        file.write(json.dumps(config, indent=2).encode() + b"\n")

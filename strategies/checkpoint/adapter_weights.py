@@ -6,14 +6,14 @@ Reads headers alone; the numbers are `low_rank`'s. What peft does not name here 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig
 from ftlaunch.strategies.checkpoint.conversion import SAVE_DTYPES
-from ftlaunch.strategies.checkpoint.model_files import ModelShapes
+from ftlaunch.strategies.checkpoint.model_files import EMBEDDINGS, ModelShapes
 from ftlaunch.strategies.checkpoint.torch_zip import ITEM_BYTES
 from ftlaunch.strategies.checkpoint.weights import LowRank, Run, Weight
 from ftlaunch.strategies.safetensors_file import FileDamaged, read_places
@@ -27,6 +27,20 @@ _PARTS = {
     ".lora_embedding_B": "B of an embedding",
     ".lora_magnitude_vector": "magnitude",
 }
+# The matrix of the words' logits, as the families call it; and the end of its name in parts of a model.
+_OUTPUTS = (
+    "lm_head.weight",
+    "lm_head.decoder.weight",
+    "cls.predictions.decoder.weight",
+    "predictions.decoder.weight",
+    "decoder.weight",
+    "vocab_projector.weight",
+    "generator_lm_head.weight",
+    "embed_out.weight",
+)
+_OUTPUT = ".lm_head.weight"
+# For a classification of any family.
+_HEADS = ("classifier", "score")
 _FLOATS = ("F64", *SAVE_DTYPES.values())
 
 
@@ -118,29 +132,71 @@ def fit_adapter(
             _take(modules.setdefault(name.removesuffix(end), _Parts()), part, weight)
     if not modules:
         raise UserError(f"the adapter {adapter} has no lora_A and lora_B. Pass another.")
-    changed = {}
+    _check_whole(config.whole, whole, adapter)
+    # Where the body of the model lies, by the modules that are adapted there.
+    bodies = {module.partition(".")[0] for module in modules}
+    found_at: dict[str, tuple[str, tuple[int, ...]]] = {}
     prefix = ""
-    for module, parts in modules.items():
+    for module in modules:
         name = f"{module}.weight"
         found = known.name(name)
         if found is None:
-            raise _unfitting(adapter, base, f"it changes {name}, which the base does not have")
+            raise unfitting(adapter, base, f"it changes {name}, which the base does not have")
         if found == name.partition(".")[2]:
             prefix = name[: -len(found)]
-        shape = known.exact[found]
-        if name in whole:
-            shape = whole[name].shape
-        changed[found] = _low_rank(module, parts, config, shape, adapter, base)
+        found_at[module] = (found, whole[name].shape if name in whole else known.exact[found])
+    # peft writes of the last module alone whether its rows are inputs.
+    if any(_has_rows_of_inputs(modules[m], shape) for m, (_, shape) in found_at.items()):
+        config = replace(config, fan_in_fan_out=True)
+    changed = {}
+    for module, (found, shape) in found_at.items():
+        changed[found] = _low_rank(module, modules[module], config, shape, adapter, base)
     replaced = {}
     for name, weight in whole.items():
         there = known.name(name)
         shape = weight.shape if there is None else known.exact[there]
         # A head may have other labels, and an embedding other words.
-        if len(shape) != len(weight.shape) or shape[1:] != weight.shape[1:]:
+        first = 1 if _may_have_other_rows(name, bodies) else 0
+        if len(shape) != len(weight.shape) or shape[first:] != weight.shape[first:]:
             problem = f"{name} has shape {weight.shape}, in the base {shape}"
-            raise _unfitting(adapter, base, problem)
+            raise unfitting(adapter, base, problem)
         replaced[there or name] = weight
     return Fitted(replaced=replaced, changed=changed, prefix=prefix)
+
+
+def is_output(name: str) -> bool:
+    """Whether a weight is the matrix behind which the words' logits stand."""
+    return name in _OUTPUTS or name.endswith(_OUTPUT)
+
+
+def _may_have_other_rows(name: str, bodies: Collection[str]) -> bool:
+    return (
+        name.endswith(EMBEDDINGS)
+        or is_output(name)
+        # What lies outside of the body is a head.
+        or name.partition(".")[0] not in bodies
+    )
+
+
+def _has_rows_of_inputs(parts: _Parts, shape: tuple[int, ...]) -> bool:
+    if parts.a is None or parts.b is None or parts.embedding:
+        return False
+    inputs, outputs = parts.a.shape[-1], parts.b.shape[0]
+    return inputs != outputs and shape == (inputs, outputs)
+
+
+def _check_whole(entries: Collection[str], whole: Collection[str], adapter: str) -> None:
+    """UserError when a module that the adapter is said to hold whole is not in its file."""
+    lacking = [entry for entry in entries if not any(f".{entry}." in f".{name}" for name in whole)]
+    # peft adds the names that a head may have: one of them will do.
+    heads = [entry for entry in entries if entry in _HEADS]
+    if not set(heads) <= set(lacking):
+        lacking = [entry for entry in lacking if entry not in _HEADS]
+    if lacking:
+        raise UserError(
+            f"the adapter {adapter}: modules_to_save names {lacking[0]!r} in {ADAPTER_CONFIG}, and its file "
+            "has no tensor of such a module. Copy the adapter anew, or save it anew with peft."
+        )
 
 
 def merged_weights(base: Sequence[Weight], fitted: Fitted) -> tuple[Weight, ...]:
@@ -222,7 +278,7 @@ def _low_rank(
     straight, transposed = (outputs, inputs), (inputs, outputs)
     if shape not in (straight, transposed):
         problem = f"{module}.weight has shape {shape} there, and what is to be added {straight}"
-        raise _unfitting(adapter, base, problem)
+        raise unfitting(adapter, base, problem)
     magnitude = parts.magnitude
     if config.use_dora != (magnitude is not None):
         state = "none" if magnitude is None else "one"
@@ -232,7 +288,7 @@ def _low_rank(
         )
     if magnitude is not None and magnitude.shape != (outputs,):
         problem = f"the magnitudes of {module} have shape {magnitude.shape}, not {(outputs,)}"
-        raise _unfitting(adapter, base, problem)
+        raise unfitting(adapter, base, problem)
     # A square matrix does not show it.
     flipped = parts.embedding or (
         config.fan_in_fan_out if straight == transposed else shape == transposed
@@ -246,7 +302,7 @@ def _low_rank(
     )
 
 
-def _unfitting(adapter: str, base: str, problem: str) -> UserError:
+def unfitting(adapter: str, base: str, problem: str) -> UserError:
     return UserError(
         f"the adapter {adapter} does not fit the base {base}: {problem}. Pass the base that it was "
         f"trained on ({ADAPTER_CONFIG} names it)."

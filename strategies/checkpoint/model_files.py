@@ -18,33 +18,41 @@ from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.checkpoint.conversion import TORCH_NAMES, SaveDtype
 from ftlaunch.strategies.checkpoint.weights import Weight
 from ftlaunch.strategies.files import replace_file
-from ftlaunch.strategies.model_config import why_not_from_hub
+from ftlaunch.strategies.model_config import absolute_path, why_not_from_hub
 from ftlaunch.strategies.safetensors_file import FileDamaged, read_places
 
 CONFIG_NAME = "config.json"
 # By name, so that neither weights nor a trainer's own files come along.
-_PATTERNS = (
-    CONFIG_NAME,
-    "generation_config.json",
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "bpe.codes",
+    "*.model",
+    "*.tiktoken",
+)
+_TOKENIZER = (
+    *_VOCABULARIES,
     "tokenizer*.json",
     "tokenizer*.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
     "merges.txt",
-    "bpe.codes",
     "chat_template*.json",
     "chat_template*.jinja",
+)
+_PATTERNS = (
+    CONFIG_NAME,
+    "generation_config.json",
+    *_TOKENIZER,
     "preprocessor_config.json",
     "processor_config.json",
-    "*.model",
-    "*.tiktoken",
 )
 # Code of the model's own, which config.json's auto_map names.
 _CODE = ("configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py")
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
-_EMBEDDINGS = (
+# Ends of the names of the matrix that has a row for each word.
+EMBEDDINGS = (
     "embed_tokens.weight",
     "word_embeddings.weight",
     "wte.weight",
@@ -55,18 +63,35 @@ _EMBEDDINGS = (
 def model_files(folder: Path) -> tuple[str, ...]:
     """Names of the files in `folder` that a finished model has beside its weights."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    return tuple(n for n in names if any(fnmatch.fnmatchcase(n, p) for p in (*_PATTERNS, *_CODE)))
+    return tuple(name for name in names if _is_any(name, (*_PATTERNS, *_CODE)))
 
 
-def model_folder(name: str, *, of: str = "--model", weights: bool = False) -> Path:
+def is_of_tokenizer(name: str) -> bool:
+    """Whether a file of that name is a part of a tokenizer."""
+    return _is_any(name, _TOKENIZER)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a whole one: with a vocabulary."""
+    return any(_is_any(name, _VOCABULARIES) for name in model_files(folder))
+
+
+def _is_any(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def model_folder(
+    name: str, *, of: str = "--model", weights: bool = False, revision: str | None = None
+) -> Path:
     """A model's folder: as it stands, or downloaded from the hub, without its weights unless asked for.
 
-    of   what takes it, for the message
+    of         what takes it, for the message
+    revision   on the hub; None: its main branch
     UserError when there is none, or it has no config.json.
     """
-    folder = Path(name).expanduser()
+    folder = absolute_path(name)
     if not folder.exists() and not name.startswith(("/", ".", "~")):
-        folder = _from_hub(name, _WEIGHTS if weights else ())
+        folder = _from_hub(name, _WEIGHTS if weights else (), revision)
     if not (folder / CONFIG_NAME).is_file() and not (weights and folder.is_dir()):
         state = "has no config.json" if folder.is_dir() else "is no folder"
         raise UserError(
@@ -76,12 +101,13 @@ def model_folder(name: str, *, of: str = "--model", weights: bool = False) -> Pa
     return folder
 
 
-def _from_hub(name: str, weights: tuple[str, ...]) -> Path:
+def _from_hub(name: str, weights: tuple[str, ...], revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[*_PATTERNS, *_CODE, *weights]))
+        patterns = [*_PATTERNS, *_CODE, *weights]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"the model {name!r} is neither a folder here nor could it be had from the hub: "
@@ -196,16 +222,16 @@ def _against_config(weights: Sequence[Weight], config: Mapping[str, Any]) -> lis
     return [
         f"{weight.name} has shape {weight.shape}, by its config.json {expected}"
         for weight in weights
-        if weight.name.endswith(_EMBEDDINGS) and weight.shape != expected
+        if weight.name.endswith(EMBEDDINGS) and weight.shape != expected
     ]
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder. UserError when it is none."""
+def read_config(folder: Path, name: str = CONFIG_NAME) -> dict[str, Any]:
+    """config.json of a folder, or what is of its kind. UserError when it is none."""
     try:
-        config = json.loads((folder / CONFIG_NAME).read_bytes())
+        config = json.loads((folder / name).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / CONFIG_NAME} cannot be read ({error}). Repair it.") from None
+        raise UserError(f"{folder / name} cannot be read ({error}). Repair it.") from None
     if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG_NAME} holds no JSON object. Repair it.")
+        raise UserError(f"{folder / name} holds no JSON object. Repair it.")
     return config

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.adapter import ADAPTER_CONFIG, read_adapter_config
-from ftlaunch.strategies.checkpoint.adapter_weights import fit_adapter, read_adapter_weights
+from ftlaunch.strategies.checkpoint.adapted_config import tied
+from ftlaunch.strategies.checkpoint.adapter_weights import Fitted, fit_adapter, read_adapter_weights
 from ftlaunch.strategies.checkpoint.low_rank import Rows, changed_rows, read_floats
 from ftlaunch.strategies.checkpoint.model_files import ModelShapes
 from ftlaunch.strategies.checkpoint.run_reader import RunReader
@@ -38,6 +39,8 @@ def put_adapter_in(model: Any, folder: Path, missing: Collection[str]) -> None:
             f"neither the adapter {folder} nor its base has {', '.join(lacking)}: there is no trained "
             "head. Evaluate an adapter that was trained for this task."
         )
+    _untie(model, fitted, str(folder))
+    parameters = dict(model.named_parameters())
     with torch.no_grad(), RunReader() as reader:
         for name, weight in fitted.replaced.items():
             parameter = parameters.get(name)
@@ -52,6 +55,29 @@ def put_adapter_in(model: Any, folder: Path, missing: Collection[str]) -> None:
             parameter = parameters[name]
             rows = changed_rows(change, _rows_of(parameter), tuple(parameter.shape), reader)
             parameter.data = torch.from_numpy(np.concatenate(list(rows)))
+
+
+def _untie(model: Any, fitted: Fitted, adapter: str) -> None:
+    """Give the output a matrix of its own where the adapter has one.
+
+    UserError when it changes the input's matrix alone, which the output's is, too.
+    """
+    words, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if output is None or output.weight is not words.weight:
+        return
+    names = {
+        id(module): f"{name}.weight"
+        for name, module in model.named_modules()
+        if module is words or module is output
+    }
+    touched = {*fitted.replaced, *fitted.changed}
+    if names[id(output)] in touched:
+        output.weight = torch.nn.Parameter(output.weight.detach().clone())
+        if names[id(output)].replace(".weight", ".bias") in touched:
+            output.bias = torch.nn.Parameter(output.bias.detach().clone())
+        model.config.tie_word_embeddings = False
+    elif names[id(words)] in touched:
+        raise tied(names[id(words)], adapter)
 
 
 def _rows_of(parameter: torch.Tensor) -> Rows:

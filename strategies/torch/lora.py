@@ -44,6 +44,7 @@ def add_lora(
     peft = _import_peft()
     whole = _trained_modules(model, missing, options.modules_to_save)
     targets = _targets(model, options.target_modules, whole)
+    has_conv = any(isinstance(module, Conv1D) for module in targets.values())
     config = peft.LoraConfig(
         r=options.r,
         lora_alpha=options.alpha if options.alpha is not None else options.r,
@@ -51,7 +52,7 @@ def add_lora(
         target_modules=list(targets),
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in targets.values()),
+        fan_in_fan_out=has_conv,
         # The values are drawn below.
         init_lora_weights=True,
     )
@@ -62,7 +63,9 @@ def add_lora(
     trained = tuple(f"{name}." for name in whole)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_of_adapter(name) or name.startswith(trained))
-    # What is written of it. Names in full: the shorter ones might mean more in another model.
+    # What is written of it. peft overwrites this at each module with what that one is.
+    config.fan_in_fan_out = has_conv
+    # Names in full: the shorter ones might mean more in another model.
     config.target_modules = sorted(targets)
     config.modules_to_save = sorted(whole) or None
     config.base_model_name_or_path = str(base.name_or_path)
