@@ -143,9 +143,6 @@ def test_an_output_of_its_own_has_the_words_of_the_embedding(tmp_path, merge):
     assert not (tmp_path / "merged").exists()
 
 
-# -- words and labels --------------------------------------------------------------------------
-
-
 # -- words and shapes ---------------------------------------------------------------------------
 
 
@@ -161,6 +158,22 @@ def test_added_words_are_in_the_configuration(tmp_path, merge, tied):
     assert code == 0, text
     assert _json(tmp_path / "merged" / "config.json")["vocab_size"] == 23
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_same(logits(merged), expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_classification_with_added_words_leaves_the_output_of_its_base_out(tmp_path, merge):
+    write_qwen(tmp_path / "base", tie_word_embeddings=False)
+    kind = transformers.AutoModelForSequenceClassification
+    model = kind.from_pretrained(tmp_path / "base", num_labels=3)
+    model.resize_token_embeddings(23)
+    model.config.pad_token_id = 22
+    ended = adapt(model, tmp_path / "adapter", target_modules=["q_proj"], task_type="SEQ_CLS")
+    expected = logits(ended)
+    code, text = merge("--adapter", tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
+    assert code == 0, text
+    merged = kind.from_pretrained(tmp_path / "merged", num_labels=3, pad_token_id=22)
+    assert merged.get_input_embeddings().weight.shape[0] == 23
     assert_same(logits(merged), expected)
 
 

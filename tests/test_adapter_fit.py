@@ -130,8 +130,8 @@ def test_what_is_replaced_keeps_its_shape(made, tmp_path, merge, name, shape, wo
     ("entries", "missing"),
     [
         (["norm", "embed_tokens", "lm_head", "gate_proj"], "gate_proj"),
-        (["model.norm", "embed_tokens", "head", "lm_head"], "head"),
-        (["norm", "classifier", "score"], "classifier"),
+        (["model.norm", "embed_tokens", "heads", "lm_head"], "heads"),
+        (["classifier", "score"], "classifier"),
     ],
 )
 def test_what_the_adapter_says_it_has_and_has_not(made, tmp_path, merge, entries, missing):
@@ -140,6 +140,10 @@ def test_what_the_adapter_says_it_has_and_has_not(made, tmp_path, merge, entries
         (tmp_path / "adapter" / path.name).write_bytes(path.read_bytes())
     _edit(tmp_path / "adapter" / ADAPTER_CONFIG, modules_to_save=entries)
     _refused(made, tmp_path, merge, f"modules_to_save names {missing!r}", "Copy the adapter anew")
+    # As peft names what it keeps: by the end of a name, and its own two beside another head.
+    saved = ["norm", "tokens", "head", "classifier", "score"]
+    _edit(tmp_path / "adapter" / ADAPTER_CONFIG, modules_to_save=saved)
+    assert merge("--adapter", tmp_path / "adapter", made / "base", tmp_path / "whole")[0] == 0
     _edit(tmp_path / "adapter" / ADAPTER_CONFIG, modules_to_save=[{}])
     _refused(made, tmp_path, merge, "modules_to_save is [{}]", "list of modules' names")
 

@@ -86,6 +86,9 @@ def config_changes(
     shapes = {name: shape for name, shape in shapes.items() if len(shape) == 2}
     words = [name for name in shapes if name.endswith(EMBEDDINGS)]
     outputs = [name for name in shapes if is_output(name)]
+    if not _is_language_model(config, says):
+        # What is trained leaves the base's own output out.
+        outputs = [name for name in outputs if name in fitted.replaced or name in fitted.changed]
     before = {weight.name: weight.shape[0] for weight in weights if weight.shape}
     known = {before[name] for name in words if name in before}
     resized = []

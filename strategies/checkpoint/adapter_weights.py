@@ -187,15 +187,15 @@ def _has_rows_of_inputs(parts: _Parts, shape: tuple[int, ...]) -> bool:
 
 def _check_whole(entries: Collection[str], whole: Collection[str], adapter: str) -> None:
     """UserError when a module that the adapter is said to hold whole is not in its file."""
-    lacking = [entry for entry in entries if not any(f".{entry}." in f".{name}" for name in whole)]
-    # peft adds the names that a head may have: one of them will do.
-    heads = [entry for entry in entries if entry in _HEADS]
-    if not set(heads) <= set(lacking):
-        lacking = [entry for entry in lacking if entry not in _HEADS]
+    # peft takes every module whose name ends so: "head" is lm_head, too.
+    lacking = {entry for entry in entries if not any(f"{entry}." in name for name in whole)}
+    # It adds the names that a head may have: one of them will do, or a head by another name.
+    if set(entries) - lacking - set(_HEADS) or not lacking.issuperset({*entries} & {*_HEADS}):
+        lacking -= set(_HEADS)
     if lacking:
         raise UserError(
-            f"the adapter {adapter}: modules_to_save names {lacking[0]!r} in {ADAPTER_CONFIG}, and its file "
-            "has no tensor of such a module. Copy the adapter anew, or save it anew with peft."
+            f"the adapter {adapter}: modules_to_save names {min(lacking)!r} in {ADAPTER_CONFIG}, and its "
+            "file has no tensor of such a module. Copy the adapter anew, or save it anew with peft."
         )
 
 
