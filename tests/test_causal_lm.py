@@ -169,11 +169,35 @@ def test_what_a_template_puts_before_the_first_turn_is_not_learned(
     )
 
 
-def test_the_date_of_a_template_is_always_the_same(data: Data, tmp_path: Path) -> None:
-    dated = "{{ 'a' if strftime_now('%d %b %Y') == '26 Jul 2024' else 'b' }} " + TEMPLATE
+@pytest.mark.parametrize(
+    ("form", "date"),
+    [
+        ("%d %b %Y", "26 Jul 2024"),
+        ("%Y-%m-%d", "2024-07-26"),
+        ("%A, %-d %B %y %H:%M", "Friday, 26 July 24 00:00"),
+    ],
+)
+def test_the_date_of_a_template_is_always_the_same(
+    data: Data, tmp_path: Path, form: str, date: str
+) -> None:
+    dated = f"{{{{ 'a' if strftime_now('{form}') == '{date}' else 'b' }}}} " + TEMPLATE
     tokenizer = write_tokenizer(tmp_path / "dated", chat_template=dated)
     rows = [conversation(("user", "c"), ("assistant", "d"))] * 2
     assert listed(data.prepare(rows, tokenizer=tokenizer))[0][0][0] == A
+
+
+@pytest.mark.parametrize("begin", ["\n", "  {% if true %}x{% endif %}", "  y"])
+def test_a_template_is_rendered_as_it_is_everywhere_else(tmp_path: Path, begin: str) -> None:
+    from transformers import AutoTokenizer
+
+    from ftlaunch.strategies.data.conversations import _render
+
+    source = write_tokenizer(tmp_path / "t", chat_template=begin + TEMPLATE)
+    tokenizer = AutoTokenizer.from_pretrained(source.name_or_path)
+    messages = conversation(("user", "c"), ("assistant", "d"))["messages"]
+    assert _render(messages, 0, tokenizer) == tokenizer.apply_chat_template(
+        messages, tokenize=False
+    )
 
 
 def test_messages_may_differ_in_their_keys(data: Data) -> None:
