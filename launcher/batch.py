@@ -75,7 +75,7 @@ def _run(folder: Path, job_id: str, signals: _Signals) -> int:
     if first is None and has_summary:
         first = _heard_elsewhere(folder.parent)
     stopped = code == EXIT_STOPPED or (is_script and first is not None and code == 128 + first)
-    # What failed from outside after the announcement would have been restarted without it.
+    # What failed from outside may well succeed when the job comes back.
     stopped = stopped or (code != EXIT_DONE and has_summary and _failed_outside(folder.parent))
     if sealed is not None and stopped and first is not None:
         repeats = _was_in_vain(folder, job_id) and not progressed

@@ -146,7 +146,9 @@ def test_a_model_that_changes_its_logits_is_asked_for_them(tmp_path, model, firs
 
 
 def _after_what_is_not_finite(world, listen_fd, folder):
-    """(whether a first pass that overflows gave a number, the losses of two passes after it)"""
+    """(whether a first score that overflows is a number, two after it, whether the head gives them, passes
+    of the model for the first)
+    """
     case = CASES["causal-lm-qwen2"]
     strategy = create(case.request(world, None, folder))
     table, everything = case.make_table(6), np.arange(6)
@@ -155,21 +157,26 @@ def _after_what_is_not_finite(world, listen_fd, folder):
     kept = weight.detach().clone()
     with torch.no_grad():
         weight.fill_(torch.inf)
+    passes = []
+    strategy.model.register_forward_hook(lambda *_: passes.append(1))
     overflowed = strategy.score(batch).losses.sum()
+    num_passes = len(passes)
     with torch.no_grad():
         weight.copy_(kept)
     losses = [float(strategy.score(batch).losses.sum()) for _ in range(2)]
     head = strategy._forward.head
     uses_head = head is not None and head._fits
-    return bool(np.isfinite(overflowed)), losses, uses_head
+    return bool(np.isfinite(overflowed)), losses, uses_head, num_passes
 
 
 def test_a_first_pass_that_is_not_finite_tells_nothing_of_the_model(tmp_path):
     folder = tiny.write_config(tmp_path / "model", "qwen2")
-    [(finite, losses, uses_head)] = run_ranks(1, _after_what_is_not_finite, folder)
+    [(finite, losses, uses_head, num_passes)] = run_ranks(1, _after_what_is_not_finite, folder)
     assert not finite
     assert losses[0] == losses[1] and np.isfinite(losses[0])
-    assert uses_head
+    # One to look and one for the score, as on a rank whose numbers are finite: under ZeRO-3 a pass is
+    # collective.
+    assert uses_head and num_passes == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -17,7 +17,7 @@ from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.machine import code_fingerprint
 from ftlaunch.cluster.slurm_queue import client_environment, is_job_id
 from ftlaunch.cluster.submit import BatchJob, batch_file
-from ftlaunch.launcher import earlier, submission
+from ftlaunch.launcher import batch, earlier, submission
 from ftlaunch.launcher.config import load_config
 from ftlaunch.launcher.output_folder import OWN_NAMES
 from ftlaunch.launcher.script_plan import Script
@@ -375,6 +375,29 @@ def test_a_job_file_is_read_back(tmp_path):
     (tmp_path / "submission").mkdir()
     submission.settle(tmp_path / "submission", A_JOB)
     assert submission.submitted_job(tmp_path) == A_JOB
+
+
+# -- what goes back into the queue ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("failure", "goes_back"),
+    [
+        ({"cause": "signal"}, True),
+        ({"cause": "lost"}, True),
+        ({"cause": "stall"}, True),
+        ({"cause": "exception"}, False),
+        ({"cause": "exit"}, False),
+        ({"cause": "memory"}, False),
+        ({"cause": "user"}, False),
+        ("text", False),
+        (None, False),
+    ],
+)
+def test_whose_fault_a_failure_after_the_notice_is(tmp_path, failure, goes_back):
+    assert not batch._failed_outside(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps({"failure": failure}))
+    assert batch._failed_outside(tmp_path) is goes_back
 
 
 # -- the hub ------------------------------------------------------------------------------------
