@@ -6,7 +6,9 @@ who this rank is stands in MindSpore's own variables (`strategies.mindspore_envi
 
 from __future__ import annotations
 
+import logging
 import resource
+import time
 from typing import Any
 
 import mindspore as ms
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from ftlaunch.cluster.world import World
 from ftlaunch.strategies.base import StrategyRequest
 
+_ANSWER_SECONDS = 0.3
 _TARGETS = {"cpu": "CPU", "ascend": "Ascend"}
 
 
@@ -87,6 +90,16 @@ def peak_memory_bytes(accelerator: str) -> int:
 
 def leave_group(world: World) -> None:
     """Collective: nobody leaves while another still needs it."""
-    if world.size > 1:
+    if world.size == 1:
+        return
+    try:
         all_reduce(ms.Tensor(np.zeros(1, dtype=np.float32))).asnumpy()
-        communication.release()
+    except RuntimeError as error:
+        # Rank 0 sends the sum to each of the others and waits for their answers. It does so when all
+        # have come this far; one whose answer it missed has left, and a rank that died is seen to have.
+        logging.getLogger(__name__).info("leaving the group: %s", str(error).splitlines()[0])
+    if world.rank > 0:
+        # A thread of MindSpore's writes that answer: a process that ends at once may take it along,
+        # and rank 0 would wait for half a minute.
+        time.sleep(_ANSWER_SECONDS)
+    communication.release()
