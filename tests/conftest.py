@@ -115,3 +115,16 @@ def srun():
 
     if shutil.which("srun") is None:
         beds.require(slurm_bed.PROGRAMS)
+
+
+@pytest.fixture
+def merge(capsys):
+    """`ftlaunch merge` in this process: (exit code, all that it says)."""
+    from ftlaunch.launcher.cli import run
+
+    def merge(*words):
+        code = run(["merge", *map(str, words)])
+        output = capsys.readouterr()
+        return code, output.out + output.err
+
+    return merge

@@ -10,20 +10,9 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from ftlaunch.cluster.errors import UserError
-from ftlaunch.launcher.cli import run
 from ftlaunch.strategies.adapter import ADAPTER_CONFIG
 from ftlaunch.strategies.torch.adapted import put_adapter_in
 from tests.lora_jobs import SMALL, adapt, assert_same, logits, write_bert, write_qwen
-
-
-@pytest.fixture
-def merge(capsys):
-    def merge(*words):
-        code = run(["merge", *map(str, words)])
-        output = capsys.readouterr()
-        return code, output.out + output.err
-
-    return merge
 
 
 def _json(path):

@@ -11,22 +11,11 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from ftlaunch.cluster.errors import UserError
-from ftlaunch.launcher.cli import run
 from ftlaunch.strategies.adapter import ADAPTER_CONFIG, base_options
 from ftlaunch.strategies.checkpoint.adapter_weights import adapter_key
 from ftlaunch.strategies.options import LoraOptions, ModelOptions
 from ftlaunch.strategies.torch.lora import adapter_files, add_lora
 from tests.lora_jobs import adapt, assert_same, inputs, logits, write_qwen
-
-
-@pytest.fixture
-def merge(capsys):
-    def merge(*words):
-        code = run(["merge", *map(str, words)])
-        output = capsys.readouterr()
-        return code, output.out + output.err
-
-    return merge
 
 
 def _json(path):

@@ -12,7 +12,6 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from ftlaunch.launcher.cli import run
 from tests import tiny
 from tests.jobs import assert_mistake, contents, ftlaunch, said
 from tests.lora_jobs import peft, write_bert
@@ -89,16 +88,6 @@ def _make(folder, name):
     adapted.save_pretrained(folder / "adapter")
     inputs = torch.randint(3, tiny.VOCABULARY, (4, 17))
     return adapted, inputs
-
-
-@pytest.fixture
-def merge(capsys):
-    def merge(*words):
-        code = run(["merge", *map(str, words)])
-        output = capsys.readouterr()
-        return code, output.out + output.err
-
-    return merge
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

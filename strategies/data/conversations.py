@@ -19,11 +19,11 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 # A template that says itself what the assistant generates.
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 # Templates that tell the date would give other tokens tomorrow, or on another rank after midnight.
-# The line's end belongs to the macro: it is what the template's own beginning is rendered as without it.
 _NOW = {
     **{"%Y": "2024", "%y": "24", "%m": "07", "%-m": "7", "%d": "26", "%-d": "26", "%e": "26"},
     **{"%B": "July", "%b": "Jul", "%A": "Friday", "%a": "Fri", "%H": "00", "%M": "00", "%S": "00"},
 }
+# The line's end belongs to the macro: it is what the template's own beginning is rendered as without it.
 _NO_CLOCK = (
     "{% macro strftime_now(format) %}{{ format"
     + "".join(f" | replace('{mark}', '{value}')" for mark, value in _NOW.items())

@@ -97,7 +97,7 @@ def leave_group(world: World) -> None:
     except RuntimeError as error:
         # Rank 0 sends the sum to each of the others and waits for their answers. It does so when all
         # have come this far; one whose answer it missed has left, and a rank that died is seen to have.
-        logging.getLogger(__name__).info("leaving the group: %s", str(error).splitlines()[0])
+        logging.getLogger(__name__).info("leaving the group: %s", error)
     if world.rank > 0:
         # A thread of MindSpore's writes that answer: a process that ends at once may take it along,
         # and rank 0 would wait for half a minute.
