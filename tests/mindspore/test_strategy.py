@@ -460,22 +460,3 @@ def test_adamw_is_the_published_one():
             corrected = np.sqrt(second / (1 - 0.999**step)) + epsilon
             weight -= rate * (first / (1 - 0.9**step)) / corrected
         np.testing.assert_allclose(found[number], weight, rtol=2e-6)
-
-
-# -- the end ------------------------------------------------------------------------------------
-
-
-def _leave(world):
-    from ftlaunch.strategies.mindspore import group
-
-    group.choose_device("cpu", 0)
-    group.join_group(world)
-    # The other one ends without a word, as one does whose last answer was lost.
-    if world.rank == 0:
-        group.leave_group(world)
-    return world.rank
-
-
-@pytest.mark.long
-def test_who_has_come_to_the_end_fails_of_nobody_elses_leaving():
-    assert run_ranks(2, _leave) == [0, 1]
