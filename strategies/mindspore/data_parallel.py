@@ -34,6 +34,7 @@ from ftlaunch.strategies.mindspore.forward import (
     logits_of,
     pad_to_buckets,
 )
+from ftlaunch.strategies.mindspore.goodbye import Goodbye
 from ftlaunch.strategies.mindspore.group import (
     all_reduce,
     gather,
@@ -63,20 +64,20 @@ def create(request: StrategyRequest) -> MindSporeDataParallel:
         replace_missing_kernels()
     if request.accelerator == "ascend":
         # There it has to come before the first parameter.
-        join_group(request.world)
-        return MindSporeDataParallel(request, load_model(request))
+        goodbye = join_group(request.world)
+        return MindSporeDataParallel(request, load_model(request), goodbye)
     # The model first: a mistake in it is told before anyone waits for the others.
     named = load_model(request)
-    join_group(request.world)
-    return MindSporeDataParallel(request, named)
+    return MindSporeDataParallel(request, named, join_group(request.world))
 
 
 class MindSporeDataParallel:
     """Implements `base.Strategy`."""
 
-    def __init__(self, request: StrategyRequest, named: NamedModel) -> None:
+    def __init__(self, request: StrategyRequest, named: NamedModel, goodbye: Goodbye) -> None:
         train = request.options.train
         self.world = request.world
+        self._goodbye = goodbye
         self.model = named.model
         self._named = named
         self._accelerator = request.accelerator
@@ -252,7 +253,7 @@ class MindSporeDataParallel:
         return peak_memory_bytes(self._accelerator)
 
     def close(self) -> None:
-        leave_group(self.world)
+        leave_group(self.world, self._goodbye)
 
     # -- state ------------------------------------------------------------------------------
 

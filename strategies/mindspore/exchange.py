@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ftlaunch.cluster.world import World
 from ftlaunch.strategies.exchange import ExchangeRequest
+from ftlaunch.strategies.mindspore.goodbye import Goodbye
 from ftlaunch.strategies.mindspore.group import (
     all_reduce,
     choose_device,
@@ -21,13 +22,13 @@ from ftlaunch.strategies.mindspore.group import (
 def open_exchange(request: ExchangeRequest) -> MindSporeExchange:
     """Collective: meet the other ranks at the scheduler."""
     choose_device(request.accelerator, request.device)
-    join_group(request.world)
-    return MindSporeExchange(request.world)
+    return MindSporeExchange(request.world, join_group(request.world))
 
 
 class MindSporeExchange:
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, goodbye: Goodbye) -> None:
         self._world = world
+        self._goodbye = goodbye
 
     def add(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         # A copy: what `asnumpy` shows is MindSpore's memory, which ends with the group.
@@ -48,4 +49,4 @@ class MindSporeExchange:
         return time.perf_counter() - started
 
     def leave(self) -> None:
-        leave_group(self._world)
+        leave_group(self._world, self._goodbye)

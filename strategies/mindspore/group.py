@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import resource
-import time
 from typing import Any
 
 import mindspore as ms
@@ -18,8 +17,8 @@ from numpy.typing import NDArray
 
 from ftlaunch.cluster.world import World
 from ftlaunch.strategies.base import StrategyRequest
+from ftlaunch.strategies.mindspore.goodbye import Goodbye, open_goodbye
 
-_ANSWER_SECONDS = 0.3
 _TARGETS = {"cpu": "CPU", "ascend": "Ascend"}
 
 
@@ -43,10 +42,15 @@ def choose_device(accelerator: str, device: int) -> None:
         ms.set_context(pynative_synchronize=True)
 
 
-def join_group(world: World) -> None:
-    """Collective: meet the other ranks at the scheduler."""
-    if world.size > 1:
-        communication.init()
+def join_group(world: World) -> Goodbye:
+    """Collective: meet the other ranks at the scheduler. What it returns belongs to `leave_group`."""
+    if world.size == 1:
+        return Goodbye(world, [])
+    communication.init()
+    if ms.get_context("device_target") != "CPU":
+        # HCCL's ranks exchange with their neighbours, on the devices.
+        return Goodbye(world, [])
+    return open_goodbye(world, lambda number: int(gather(world, np.array([number]))[0, 0]))
 
 
 def all_reduce(values: Any) -> Any:
@@ -88,18 +92,14 @@ def peak_memory_bytes(accelerator: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def leave_group(world: World) -> None:
+def leave_group(world: World, goodbye: Goodbye) -> None:
     """Collective: nobody leaves while another still needs it."""
     if world.size == 1:
         return
     try:
         all_reduce(ms.Tensor(np.zeros(1, dtype=np.float32))).asnumpy()
     except RuntimeError as error:
-        # Rank 0 sends the sum to each of the others and waits for their answers. It does so when all
-        # have come this far; one whose answer it missed has left, and a rank that died is seen to have.
+        # All have come this far; a rank that died is seen to have by the agent.
         logging.getLogger(__name__).info("leaving the group: %s", error)
-    if world.rank > 0:
-        # A thread of MindSpore's writes that answer: a process that ends at once may take it along,
-        # and rank 0 would wait for half a minute.
-        time.sleep(_ANSWER_SECONDS)
+    goodbye.say()
     communication.release()
