@@ -23,8 +23,9 @@ test-mindspore: $(STAMP) $(MS_STAMP)
 	$(MS_BIN)/python -m pytest
 
 # All of what `make test` has a sample of.
-test-long: $(STAMP)
+test-long: $(STAMP) $(MS_STAMP)
 	$(BIN)/python -m pytest -m long
+	$(MS_BIN)/python -m pytest -m long
 
 # The whole matrix of faults: more than an hour on two cores.
 test-faults: $(STAMP)

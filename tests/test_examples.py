@@ -42,6 +42,11 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 STRATEGY = "ddp" if HAS_TORCH else "mindspore"
 
 
+def _long_in_mindspore(test: Any) -> Any:
+    """What takes longest there is for `make test-long`."""
+    return test if HAS_TORCH else pytest.mark.long(test)
+
+
 def _skip_unless_carried(example: str) -> None:
     config = load_config(file=FOLDER / example, flags={}, overrides=[])
     if not HAS_TORCH and config.task not in (entry("mindspore").families or ()):
@@ -223,6 +228,7 @@ def _write_roberta(folder: Path) -> dict[str, np.ndarray]:
     return weights
 
 
+@_long_in_mindspore
 def test_frozen_encoder(tmp_path: Path) -> None:
     _skip_unless_carried("frozen-encoder.yaml")
     names = ("World", "Sports", "Business", "Sci/Tech")
@@ -254,6 +260,7 @@ def test_frozen_encoder(tmp_path: Path) -> None:
     assert np.abs(bias - 1).max() > 0
 
 
+@_long_in_mindspore
 def test_masked_lm(tmp_path: Path) -> None:
     _skip_unless_carried("masked-lm.yaml")
     generator = random.Random(6)
@@ -320,6 +327,7 @@ def test_chat_lora(tmp_path: Path) -> None:
     assert 0 < len(metrics_of(out)) < 60 / 4 / 2
 
 
+@_long_in_mindspore
 def test_entities(tmp_path: Path) -> None:
     _skip_unless_carried("entities.yaml")
     tags = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")

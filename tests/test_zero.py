@@ -203,8 +203,18 @@ def _assert_goes_on(seen, expected):
     assert np.abs(losses / wanted - 1).max() < 1e-5
 
 
-@pytest.mark.parametrize("layout", ["offload", "a user's configuration"])
-@pytest.mark.parametrize("name", ZERO)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("zero3", "offload"),
+        ("zero3", "a user's configuration"),
+        *(
+            pytest.param(name, layout, marks=pytest.mark.long)
+            for name in ("zero1", "zero2")
+            for layout in ("offload", "a user's configuration")
+        ),
+    ],
+)
 def test_another_layout_of_the_state_is_the_same_checkpoint(bert, saved, tmp_path, name, layout):
     deepspeed = DeepSpeedOptions(offload="cpu")
     if layout != "offload":
@@ -258,7 +268,10 @@ def _resume_tied(world, listen_fd, folder, name, root):
     return _resume(world, listen_fd, folder, name, root)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "name",
+    ["ddp", "zero3", *(pytest.param(name, marks=pytest.mark.long) for name in ("zero1", "zero2"))],
+)
 def test_tied_weights_are_kept_once_with_their_other_name(bert, tmp_path, name):
     expected = run_ranks(2, _save_tied, bert, name, tmp_path / name)[0]
     folder = tmp_path / name / f"step-{SAVED_AT:08d}"

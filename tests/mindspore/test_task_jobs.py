@@ -79,8 +79,8 @@ BACK = THERE_AND_BACK[1:]
 @pytest.mark.parametrize(
     ("task", "stages"),
     [
-        ("causal-lm", THERE_AND_BACK),
-        ("masked-lm", BACK),
+        pytest.param("causal-lm", THERE_AND_BACK, marks=pytest.mark.long),
+        pytest.param("masked-lm", BACK, marks=pytest.mark.long),
         ("token-classification", BACK),
     ],
     ids=list(TASKS),
