@@ -32,11 +32,11 @@ from ftlaunch.launcher.output_folder import OutputFolder, default_output_dir, pu
 from ftlaunch.launcher.ranks import output_label
 from ftlaunch.launcher.rehearsal import Rehearsal, check_faults, check_site
 from ftlaunch.launcher.restarts import Restart, RestartPolicy
+from ftlaunch.launcher.script_imports import imports_of, leading_imports
 from ftlaunch.launcher.script_plan import (
     Script,
     ScriptPlan,
     check_script,
-    imports_of,
     make_script_plan,
     preparation,
     script_starts,
@@ -105,13 +105,21 @@ def _plan(
     machines: Sequence[Machine],
     assumed: bool = False,
 ) -> ScriptPlan:
+    # Of a module only what `-m` is asked for: which file it is, its packages decide as they are imported.
+    imports: tuple[str, ...] = ("torch",)
+    leading: tuple[str, ...] = ()
+    if script.kind == "path":
+        text = Path(script.text_path)
+        imports = imports_of(text)
+        leading = leading_imports(text, Path(script.target).resolve().parent)
     return make_script_plan(
         with_rank_table(config.cluster, machines[0], os.environ),
         machines,
         site,
         script,
         working_dir=str(Path.cwd()),
-        preload=imports_of(script),
+        imports=imports,
+        leading=leading,
         assumed=assumed,
     )
 

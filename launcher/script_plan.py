@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from ftlaunch.cluster.events import Prepare, RankStart, StartMethod
 from ftlaunch.cluster.gathering import Network
 from ftlaunch.cluster.machine import Machine
 from ftlaunch.launcher.config import ClusterOptions
-from ftlaunch.launcher.layout import HostPlan, Reason, describe, make_layout
+from ftlaunch.launcher.layout import HostPlan, Layout, Reason, describe, make_layout
 from ftlaunch.launcher.ranks import (
     device_environment,
     interface_environment,
@@ -24,16 +23,6 @@ from ftlaunch.launcher.ranks import (
 )
 from ftlaunch.launcher.site import Site
 
-# Slow to import, and known to bear a fork: what a script imports of these, its fork server does.
-_PRELOADED = (
-    "numpy",
-    "torch",
-    "transformers",
-    "datasets",
-    "tokenizers",
-    "accelerate",
-    "safetensors",
-)
 # The process that holds the store, numbered apart from the ranks.
 _STORE = -1
 
@@ -93,13 +82,27 @@ def make_script_plan(
     script: Script,
     *,
     working_dir: str,
-    preload: tuple[str, ...],
+    imports: tuple[str, ...],
+    leading: tuple[str, ...],
     assumed: bool = False,
 ) -> ScriptPlan:
-    """UserError when the ranks do not fit the machines."""
+    """UserError when the ranks do not fit the machines.
+
+    imports   the heavy libraries that the script imports
+    leading   those that it imports before it could have set a variable for them
+    """
     name = script.target if script.kind == "path" else f"-m {script.target}"
     reasons = [Reason(choice="script", value=name, why=f"in {working_dir}")]
     layout = make_layout(cluster, machines, site, reasons, assumed=assumed, default_start="exec")
+    start_method, preload = layout.start_method, imports
+    if cluster.start_method is None and _shares_imports(layout, site, leading):
+        start_method, preload = "fork", leading
+        why = (
+            "the ranks have a core each, and the script imports torch before anything else: they are "
+            "forked from a process that has imported it once"
+        )
+        changed = Reason(choice="start", value="fork", why=why)
+        reasons = [changed if reason.choice == "start" else reason for reason in reasons]
     return ScriptPlan(
         script=script,
         cluster=cluster,
@@ -108,11 +111,28 @@ def make_script_plan(
         num_nodes=len(layout.hosts),
         world_size=layout.world_size,
         threads_per_rank=layout.threads_per_rank,
-        start_method=layout.start_method,
+        start_method=start_method,
         has_store="torch" in machines[0].versions,
-        preload=preload if layout.start_method == "fork" else (),
+        preload=preload if start_method == "fork" else (),
         hosts=layout.hosts,
         reasons=tuple(reasons),
+    )
+
+
+def _shares_imports(layout: Layout, site: Site, leading: tuple[str, ...]) -> bool:
+    """Whether to fork the ranks of a script without having been asked to.
+
+    Where each has one core only they would import one after the other. With more cores they import side
+    by side, and numpy's pool of threads, which does not survive a fork, is worth having. On accelerators
+    forked ranks have not been tried.
+    """
+    ranks = [host.num_devices for host in layout.hosts]
+    on_one_machine = sum(ranks) if site.is_one_machine else max(ranks)
+    return (
+        layout.accelerator == "cpu"
+        and on_one_machine > 1
+        and layout.threads_per_rank == 1
+        and "torch" in leading
     )
 
 
@@ -133,23 +153,6 @@ def check_script(script: Script) -> None:
             f"the script {path} cannot be read: {error.strerror}. Correct its path; the working "
             f"folder is {Path.cwd()}."
         ) from None
-
-
-def imports_of(script: Script) -> tuple[str, ...]:
-    """The heavy libraries that a script imports at its top level; nothing of it is run."""
-    if script.kind == "module":
-        return ("torch",)
-    try:
-        tree = ast.parse(Path(script.text_path).read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError):
-        return ()
-    found: set[str] = set()
-    for node in tree.body:
-        if isinstance(node, ast.Import):
-            found.update(alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.partition(".")[0])
-    return tuple(name for name in _PRELOADED if name in found)
 
 
 def preparation(plan: ScriptPlan, environ: Mapping[str, str]) -> Prepare:

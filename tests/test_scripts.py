@@ -129,6 +129,35 @@ def test_variables_that_a_script_sets_before_its_imports_are_obeyed(here):
     assert "threads 1" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("setting", "method", "threads"),
+    [("", "fork", "1"), ("os.environ['OMP_NUM_THREADS'] = '2'", "exec", "2")],
+)
+def test_ranks_with_a_core_each_share_an_import_that_comes_first(here, setting, method, threads):
+    script = f"""
+        import os
+        {setting}
+        import torch
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        number = torch.ones(1)
+        dist.all_reduce(number)
+        print("sum", int(number), "threads", torch.get_num_threads())
+        dist.destroy_process_group()
+    """
+    write(here, script)
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    nodes = len(cores) + 1
+    out = here.parent / "out"
+    command = ("taskset", "--cpu-list", ",".join(map(str, cores)), *SCRIPT)
+    result = ftlaunch("--nodes", nodes, "-o", out, "script.py", cwd=here, command=command)
+    assert_no_process_left(out)
+    assert result.returncode == 0, said(result)
+    assert json.loads((out / "plan.json").read_text())["start_method"] == method
+    assert f"sum {nodes} threads {threads}" in result.stdout
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_generators_without_a_seed_differ_between_ranks(here, method):
     script = """

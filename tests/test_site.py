@@ -12,6 +12,7 @@ from ftlaunch.launcher.config import ClusterOptions, load_config
 from ftlaunch.launcher.layout import make_layout
 from ftlaunch.launcher.plan import make_plan
 from ftlaunch.launcher.ranks import interface_environment, output_label, rank_starts, worlds
+from ftlaunch.launcher.script_plan import Script, make_script_plan
 from ftlaunch.launcher.site import find_site, orders_for
 from tests.test_plan import CPU, GPU
 
@@ -131,3 +132,45 @@ def test_what_travels_over_ssh():
     options = ClusterOptions(hosts=("a",), export=("MY_*",))
     orders = orders_for(find_site(options, {}), options, environ)
     assert orders.env == {"HF_TOKEN": "x", "NCCL_DEBUG": "INFO", "MY_KEY": "1"}
+
+
+# -- how the ranks of a script are started ------------------------------------------------------
+
+ONE_CORE_EACH = replace(CPU, cpu_cores=2)
+
+
+@pytest.mark.parametrize(
+    ("machine", "options", "leading", "method"),
+    [
+        (ONE_CORE_EACH, {"nodes": 2}, ("torch",), "fork"),
+        (ONE_CORE_EACH, {"nodes": 16}, ("numpy", "torch"), "fork"),
+        (ONE_CORE_EACH, {"devices": 4}, ("torch",), "fork"),
+        # It was asked for.
+        (ONE_CORE_EACH, {"nodes": 16, "start_method": "exec"}, ("torch",), "exec"),
+        # Something may have been set before.
+        (ONE_CORE_EACH, {"nodes": 16}, (), "exec"),
+        (ONE_CORE_EACH, {"nodes": 16}, ("numpy",), "exec"),
+        # There is nobody to share with, or a core for each.
+        (ONE_CORE_EACH, {"nodes": 1}, ("torch",), "exec"),
+        (ONE_CORE_EACH, {"hosts": ("a", "b")}, ("torch",), "exec"),
+        (replace(CPU, cpu_cores=64), {"nodes": 16}, ("torch",), "exec"),
+        # Forking where there are GPUs was never tried.
+        (replace(GPU, cpu_cores=4), {"devices": 4}, ("torch",), "exec"),
+    ],
+)
+def test_how_the_ranks_of_a_script_are_started(machine, options, leading, method):
+    options = ClusterOptions(**options)
+    site = find_site(options, {})
+    plan = make_script_plan(
+        options,
+        [machine] * len(site.hosts),
+        site,
+        Script(kind="path", target="train.py", arguments=()),
+        working_dir="/",
+        imports=("torch", "transformers"),
+        leading=leading,
+    )
+    (reason,) = (reason for reason in plan.reasons if reason.choice == "start")
+    assert plan.start_method == reason.value == method
+    # What is not known to come first is not imported before its time.
+    assert plan.preload == (leading if method == "fork" else ())

@@ -1,0 +1,64 @@
+"""What is known of a script by its text, and when its ranks may share one import."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+
+from ftlaunch.launcher.script_imports import imports_of, leading_imports
+
+
+def leading(folder, text):
+    path = folder / "script.py"
+    path.write_text(textwrap.dedent(text))
+    return leading_imports(path, folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("import torch", ("torch",)),
+        ('"""What it does."""\nfrom __future__ import annotations\nimport torch', ("torch",)),
+        ("import os, sys\nimport numpy as np\nimport torch.nn as nn", ("numpy", "torch")),
+        ("import argparse\nfrom torch.distributed import all_reduce", ("torch",)),
+        # What could set a variable stands before it.
+        ("import os\nos.environ['OMP_NUM_THREADS'] = '4'\nimport torch", ()),
+        ("import settings\nimport torch", ()),
+        ("import transformers, torch", ()),
+        ("import deepspeed\nimport torch", ()),
+        ("from . import settings\nimport torch", ("torch",)),
+        ("from os import environ as e; e['A'] = 'b'\nimport torch", ()),
+        ("with open('x'): pass\nimport torch", ()),
+        ("import numpy\nimport os\nos.putenv('A', 'b')\nimport torch", ("numpy",)),
+        ("try:\n    import torch\nexcept ImportError:\n    pass", ()),
+        ("def main():\n    import torch", ()),
+        ("VALUE = 1\nimport torch", ()),
+        ("import os\n'a text that is no docstring'.join(os.environ)\nimport torch", ()),
+        ("import (", ()),
+        ("", ()),
+    ],
+)
+def test_what_is_imported_before_anything_could_have_been_set(tmp_path, text, found):
+    assert leading(tmp_path, text) == found
+
+
+@pytest.mark.parametrize("name", ["random.py", "torch.py", "torch/__init__.py"])
+def test_a_module_of_the_scripts_own_is_not_taken_for_the_library(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("import os\nos.environ['OMP_NUM_THREADS'] = '4'\n")
+    assert leading(tmp_path, "import random\nimport torch") == ()
+
+
+def test_a_script_that_is_not_there_imports_nothing(tmp_path):
+    assert imports_of(tmp_path / "none.py") == ()
+    assert leading_imports(tmp_path / "none.py", tmp_path) == ()
+
+
+def test_every_import_of_the_top_level_is_found(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(
+        "import os\nos.environ['A'] = 'b'\nimport torch.nn, json\nfrom datasets import x\n"
+    )
+    assert imports_of(path) == ("torch", "datasets")
