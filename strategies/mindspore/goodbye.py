@@ -4,23 +4,30 @@ The last exchange is over for rank 0 when each of the others has answered, and a
 writes that answer: a rank that ended as soon as it had the sum would now and then take the answer
 along, and rank 0 would wait for it until it fails. So the others stay until rank 0 is done. MindSpore
 has no exchange of which rank 0 would be the one that is not waited for, hence connections of our own,
-on which nothing is ever sent: that rank 0 closes them is the whole message.
+on which a rank shows that it is one, and then nothing more is sent: that rank 0 closes them is the
+whole message.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 import socket
 import time
 from collections.abc import Callable
 
+from ftlaunch.cluster.errors import UserError
+from ftlaunch.cluster.ports import hold_port
 from ftlaunch.cluster.world import World
 
-_MEETING_SECONDS = 10.0
+_MEETING_SECONDS = 3.0
+_MARK_BYTES = 4
 # Longer than MindSpore waits for a lost answer before rank 0 fails.
 _STAYING_SECONDS = 60.0
 # Without a connection: long enough for nearly every answer.
 _ANSWER_SECONDS = 0.3
+# What a firewall has forgotten is not told to either side.
+_SILENT_SECONDS = 60
 _LOG = logging.getLogger(__name__)
 
 
@@ -46,47 +53,72 @@ class Goodbye:
         try:
             connection.recv(1)
         except OSError as error:
+            # Rank 0 has not taken this connection, or its host is gone.
             _LOG.info("rank 0 was not seen to leave: %s", error)
+            time.sleep(_ANSWER_SECONDS)
         _shut(connection)
 
 
 def open_goodbye(world: World, share: Callable[[int], int]) -> Goodbye:
     """Collective: connect every rank with rank 0.
 
-    share   collective: rank 0's number, on every rank
+    share   collective: rank 0's number, below 2^53, on every rank
     """
     if world.is_main:
         return Goodbye(world, _accept(world, share))
-    port = share(0)
-    connections = []
-    if port:
-        try:
-            address = (world.master_address, port)
-            connections.append(socket.create_connection(address, timeout=_MEETING_SECONDS))
-        except OSError as error:
-            _LOG.info("rank 0 cannot be reached at %s:%d: %s", world.master_address, port, error)
-    return Goodbye(world, connections)
+    port, mark = divmod(share(0), 1 << 8 * _MARK_BYTES)
+    if not port:
+        return Goodbye(world, [])
+    try:
+        address = (world.master_address, port)
+        connection = socket.create_connection(address, timeout=_MEETING_SECONDS)
+        connection.sendall(mark.to_bytes(_MARK_BYTES, "big"))
+    except OSError as error:
+        _LOG.warning("rank 0 cannot be reached at %s:%d: %s", world.master_address, port, error)
+        return Goodbye(world, [])
+    return Goodbye(world, [_kept_alive(connection)])
 
 
 def _accept(world: World, share: Callable[[int], int]) -> list[socket.socket]:
     connections: list[socket.socket] = []
     try:
-        found = socket.getaddrinfo(world.master_address, 0, type=socket.SOCK_STREAM)[0]
-        server = socket.create_server(found[4][:2], family=found[0], backlog=world.size)
-    except OSError as error:
-        _LOG.info("nobody can be met at %s: %s", world.master_address, error)
+        server = hold_port(world.master_address, 0)
+    except (OSError, UserError) as error:
+        _LOG.warning("nobody can be met at %s: %s", world.master_address, error)
         share(0)
         return connections
+    mark = secrets.randbelow(1 << 8 * _MARK_BYTES)
     with server:
-        share(server.getsockname()[1])
+        share((server.getsockname()[1] << 8 * _MARK_BYTES) + mark)
         until = time.monotonic() + _MEETING_SECONDS
-        try:
-            while len(connections) < world.size - 1:
-                server.settimeout(max(0.01, until - time.monotonic()))
-                connections.append(server.accept()[0])
-        except OSError as error:
-            _LOG.info("%d of %d ranks came: %s", len(connections), world.size - 1, error)
+        while len(connections) < world.size - 1 and time.monotonic() < until:
+            server.settimeout(max(0.01, until - time.monotonic()))
+            try:
+                connection = server.accept()[0]
+            except OSError as error:
+                missing = world.size - 1 - len(connections)
+                _LOG.warning("%d of %d ranks did not come: %s", missing, world.size - 1, error)
+                break
+            if _shows(connection, mark.to_bytes(_MARK_BYTES, "big")):
+                connections.append(_kept_alive(connection))
+            else:
+                connection.close()
     return connections
+
+
+def _shows(connection: socket.socket, mark: bytes) -> bool:
+    """It is one of this job's ranks; what else connects is none of ours."""
+    connection.settimeout(1.0)
+    try:
+        return connection.recv(_MARK_BYTES, socket.MSG_WAITALL) == mark
+    except OSError:
+        return False
+
+
+def _kept_alive(connection: socket.socket) -> socket.socket:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENT_SECONDS)
+    return connection
 
 
 def _shut(connection: socket.socket) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
 import time
+
+import pytest
 
 from ftlaunch.cluster.world import World
 from ftlaunch.strategies.mindspore.goodbye import open_goodbye
@@ -48,28 +52,51 @@ def _world(rank):
     )
 
 
-def test_nobody_stays_for_a_rank_0_that_is_gone():
+@pytest.fixture
+def meeting():
+    """(rank 0 in a process of its own, rank 1's goodbye, where rank 0 listens)"""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        open_goodbye(_world(0), lambda port: os.write(writing, port.to_bytes(4, "big")))
+        kept = open_goodbye(_world(0), lambda number: os.write(writing, number.to_bytes(8, "big")))
         time.sleep(60)
-        os._exit(1)
-    try:
-        goodbye = open_goodbye(_world(1), lambda _: int.from_bytes(os.read(reading, 4), "big"))
+        os._exit(kept is None)
+    number = int.from_bytes(os.read(reading, 8), "big")
+    yield child, number, number >> 32
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reading)
+    os.close(writing)
+
+
+def test_nobody_stays_for_a_rank_0_that_is_gone(meeting):
+    child, number, _ = meeting
+    goodbye = open_goodbye(_world(1), lambda _: number)
+    leaving = threading.Thread(target=goodbye.say)
+    leaving.start()
+    leaving.join(1)
+    assert leaving.is_alive(), "it did not wait for rank 0"
+    os.kill(child, signal.SIGKILL)
+    # It would stay for a minute.
+    leaving.join(10)
+    assert not leaving.is_alive()
+
+
+def test_who_is_none_of_the_ranks_takes_no_ranks_place(meeting):
+    child, number, port = meeting
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.sendall(b"GET ")
+        goodbye = open_goodbye(_world(1), lambda _: number)
+        leaving = threading.Thread(target=goodbye.say)
+        leaving.start()
+        leaving.join(2)
+        assert leaving.is_alive(), "it did not wait for rank 0"
         os.kill(child, signal.SIGKILL)
-        started = time.monotonic()
-        goodbye.say()
-        # It would stay for a minute.
-        assert time.monotonic() - started < 10
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os.close(reading)
-        os.close(writing)
+        leaving.join(10)
+        assert not leaving.is_alive()
 
 
 def test_a_rank_that_reaches_nobody_leaves_nevertheless():
     # Nobody listens on port 1; 0 says that rank 0 could not listen.
     open_goodbye(_world(1), lambda _: 0).say()
-    open_goodbye(_world(1), lambda _: 1).say()
+    open_goodbye(_world(1), lambda _: 1 << 32).say()
