@@ -99,7 +99,11 @@ class ForkServer:
     # -- importing --------------------------------------------------------------------------
 
     def preload(self, modules: Sequence[str]) -> None:
-        """Import; what cannot be imported is told by the rank that needs it."""
+        """Import; what cannot be imported is told by the rank that needs it.
+
+        A module that failed on the way leaves parts of itself behind, on which importing it again would
+        fail for another reason: then every rank becomes a fresh interpreter.
+        """
         # Objects that live for ever are not worth looking at, and looking would copy their pages.
         gc.disable()
         with self._looking_up():
@@ -108,6 +112,8 @@ class ForkServer:
                     importlib.import_module(module)
                 except Exception as error:  # noqa: BLE001 - whatever a library does on import
                     print(f"preload {module}: {type(error).__name__}: {error}", file=sys.stderr)
+                    if not _is_absent(module, error):
+                        self._method = "exec"
         gc.collect()
         gc.freeze()
         gc.enable()
@@ -392,6 +398,15 @@ def uid_of(peer: socket.socket) -> int:
     size = struct.calcsize("3i")
     _, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
     return int(uid)
+
+
+def _is_absent(module: str, error: Exception) -> bool:
+    """There is no such module, so that nothing of it was begun."""
+    return (
+        isinstance(error, ModuleNotFoundError)
+        and error.name is not None
+        and f"{module}.".startswith(f"{error.name}.")
+    )
 
 
 def _has_hung_up(peer: socket.socket) -> bool:
