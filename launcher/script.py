@@ -36,9 +36,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_DFL)
     pipe = RankPipe.from_environment()
     ending = _Ending(pipe)
-    if (numpy_random := sys.modules.get("numpy.random")) is not None:
-        # Forked ranks would all draw the same numbers; Python's own generator sees to it itself.
-        numpy_random.seed()
+    _draw_anew()
     try:
         if kind == "module":
             _run_module(target, arguments)
@@ -62,6 +60,18 @@ def main() -> int:
         return 1
     ending.code = 0
     return 0
+
+
+def _draw_anew() -> None:
+    """Forked ranks would all draw the numbers that were drawn when their libraries were imported; Python's
+    own generator sees to it itself.
+    """
+    if (numpy_random := sys.modules.get("numpy.random")) is not None:
+        numpy_random.seed()
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.default_generator.seed()
+    if (processes := sys.modules.get("multiprocessing.process")) is not None:
+        processes.current_process().authkey = os.urandom(32)
 
 
 class _Ending:

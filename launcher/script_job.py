@@ -32,7 +32,7 @@ from ftlaunch.launcher.output_folder import OutputFolder, default_output_dir, pu
 from ftlaunch.launcher.ranks import output_label
 from ftlaunch.launcher.rehearsal import Rehearsal, check_faults, check_site
 from ftlaunch.launcher.restarts import Restart, RestartPolicy
-from ftlaunch.launcher.script_imports import imports_of, leading_imports
+from ftlaunch.launcher.script_imports import ScriptImports, read_imports
 from ftlaunch.launcher.script_plan import (
     Script,
     ScriptPlan,
@@ -105,13 +105,11 @@ def _plan(
     machines: Sequence[Machine],
     assumed: bool = False,
 ) -> ScriptPlan:
-    # Of a module only what `-m` is asked for: which file it is, its packages decide as they are imported.
-    imports: tuple[str, ...] = ("torch",)
-    leading: tuple[str, ...] = ()
+    # Which file a module is, its packages decide as they are imported.
+    imports = ScriptImports(anywhere=("torch",))
     if script.kind == "path":
-        text = Path(script.text_path)
-        imports = imports_of(text)
-        leading = leading_imports(text, Path(script.target).resolve().parent)
+        folder = Path(script.target).resolve().parent
+        imports = read_imports(Path(script.text_path), folder, os.environ)
     return make_script_plan(
         with_rank_table(config.cluster, machines[0], os.environ),
         machines,
@@ -119,7 +117,6 @@ def _plan(
         script,
         working_dir=str(Path.cwd()),
         imports=imports,
-        leading=leading,
         assumed=assumed,
     )
 

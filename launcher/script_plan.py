@@ -21,6 +21,7 @@ from ftlaunch.launcher.ranks import (
     shows_output,
     worlds,
 )
+from ftlaunch.launcher.script_imports import ScriptImports
 from ftlaunch.launcher.site import Site
 
 # The process that holds the store, numbered apart from the ranks.
@@ -82,23 +83,18 @@ def make_script_plan(
     script: Script,
     *,
     working_dir: str,
-    imports: tuple[str, ...],
-    leading: tuple[str, ...],
+    imports: ScriptImports,
     assumed: bool = False,
 ) -> ScriptPlan:
-    """UserError when the ranks do not fit the machines.
-
-    imports   the heavy libraries that the script imports
-    leading   those that it imports before it could have set a variable for them
-    """
+    """UserError when the ranks do not fit the machines."""
     name = script.target if script.kind == "path" else f"-m {script.target}"
     reasons = [Reason(choice="script", value=name, why=f"in {working_dir}")]
     layout = make_layout(cluster, machines, site, reasons, assumed=assumed, default_start="exec")
-    start_method, preload = layout.start_method, imports
-    if cluster.start_method is None and _shares_imports(layout, site, leading):
-        start_method, preload = "fork", leading
+    start_method, preload = layout.start_method, imports.anywhere
+    if cluster.start_method is None and _shares_imports(layout, site, imports):
+        start_method, preload = "fork", imports.leading
         why = (
-            "the ranks have a core each, and the script imports torch before anything else: they are "
+            "no rank has more than a core, and the script imports torch before anything else: they are "
             "forked from a process that has imported it once"
         )
         changed = Reason(choice="start", value="fork", why=why)
@@ -119,7 +115,7 @@ def make_script_plan(
     )
 
 
-def _shares_imports(layout: Layout, site: Site, leading: tuple[str, ...]) -> bool:
+def _shares_imports(layout: Layout, site: Site, imports: ScriptImports) -> bool:
     """Whether to fork the ranks of a script without having been asked to.
 
     Where each has one core only they would import one after the other. With more cores they import side
@@ -132,7 +128,7 @@ def _shares_imports(layout: Layout, site: Site, leading: tuple[str, ...]) -> boo
         layout.accelerator == "cpu"
         and on_one_machine > 1
         and layout.threads_per_rank == 1
-        and "torch" in leading
+        and "torch" in imports.leading
     )
 
 
@@ -156,7 +152,9 @@ def check_script(script: Script) -> None:
 
 
 def preparation(plan: ScriptPlan, environ: Mapping[str, str]) -> Prepare:
-    """What every rank finds in its environment; what the user has set stays as it is."""
+    """What every rank finds in its environment; what the user has set stays as it is, but for what a
+    fork cannot bear.
+    """
     env = {"PYTHONUNBUFFERED": "1"}
     if "OMP_NUM_THREADS" not in environ:
         env["OMP_NUM_THREADS"] = str(plan.threads_per_rank)

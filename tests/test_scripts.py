@@ -158,19 +158,30 @@ def test_ranks_with_a_core_each_share_an_import_that_comes_first(here, setting, 
     assert f"sum {nodes} threads {threads}" in result.stdout
 
 
+def test_what_fails_while_it_is_imported_for_all_fails_for_its_own_reason(here):
+    write(here, "import torch")
+    result = run(here, "cluster.start_method=fork", "script.py", env={"TORCH_LOGS": "unheard-of"})
+    assert result.returncode == 1, said(result)
+    assert "Invalid log settings: unheard-of" in result.stderr + result.stdout
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_generators_without_a_seed_differ_between_ranks(here, method):
     script = """
+        import torch
         import datasets
+        import multiprocessing
         import random
         import numpy
-        print("drew", numpy.random.rand(), random.random())
+        secret = hash(bytes(multiprocessing.current_process().authkey))
+        print("drew", numpy.random.rand(), random.random(), torch.rand(1).item(), secret)
     """
     write(here, script)
     result = run(here, f"cluster.start_method={method}", "cluster.show_output=all", "script.py")
     assert result.returncode == 0, said(result)
-    drawn = [line.split()[-2:] for line in result.stdout.splitlines() if "drew" in line]
-    assert len({numbers[0] for numbers in drawn}) == len({numbers[1] for numbers in drawn}) == 2
+    drawn = [line.split()[-4:] for line in result.stdout.splitlines() if "drew" in line]
+    assert len(drawn) == 2
+    assert all(first != second for first, second in zip(*drawn, strict=True))
 
 
 @pytest.mark.parametrize("method", METHODS)

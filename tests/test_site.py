@@ -12,6 +12,7 @@ from ftlaunch.launcher.config import ClusterOptions, load_config
 from ftlaunch.launcher.layout import make_layout
 from ftlaunch.launcher.plan import make_plan
 from ftlaunch.launcher.ranks import interface_environment, output_label, rank_starts, worlds
+from ftlaunch.launcher.script_imports import ScriptImports
 from ftlaunch.launcher.script_plan import Script, make_script_plan
 from ftlaunch.launcher.site import find_site, orders_for
 from tests.test_plan import CPU, GPU
@@ -167,8 +168,7 @@ def test_how_the_ranks_of_a_script_are_started(machine, options, leading, method
         site,
         Script(kind="path", target="train.py", arguments=()),
         working_dir="/",
-        imports=("torch", "transformers"),
-        leading=leading,
+        imports=ScriptImports(anywhere=("torch", "transformers"), leading=leading),
     )
     (reason,) = (reason for reason in plan.reasons if reason.choice == "start")
     assert plan.start_method == reason.value == method
