@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.machinery
-import itertools
 import os
 import sys
 import warnings
@@ -26,8 +25,6 @@ _PRELOADED = (
 _QUIET = ("numpy", "torch")
 # The pool of numpy's matrix products: one thread where ranks are forked.
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")
-# Of a folder no more is looked at.
-_MOST_ENTRIES = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,20 +72,25 @@ def _is_plain(environ: Mapping[str, str]) -> bool:
         return False
     # Modules that hide those of the standard library could set anything, too.
     folders = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return not any(_module_names(Path(path)) & sys.stdlib_module_names for path in folders)
+    return all(_leaves_the_library_alone(_module_names(Path(path))) for path in folders)
+
+
+def _leaves_the_library_alone(names: set[str] | None) -> bool:
+    return names is not None and not names & sys.stdlib_module_names
 
 
 def _has_its_names_alone(folder: Path) -> bool:
     """No module beside the script has the name of one elsewhere, for which a library may ask as well."""
     names = _module_names(folder)
-    if names & sys.stdlib_module_names:
+    if names is None or not _leaves_the_library_alone(names):
         return False
     elsewhere = [path for path in sys.path if path and Path(path).resolve() != folder]
     return not any(importlib.machinery.PathFinder.find_spec(name, elsewhere) for name in names)
 
 
-def _module_names(folder: Path) -> set[str]:
-    """The modules and packages of a folder, by what stands before the first dot.
+def _module_names(folder: Path) -> set[str] | None:
+    """The modules and packages of a folder, by what stands before the first dot. None where they cannot be
+    listed: of an archive, or of a folder that may be passed but not read.
 
     Folders without an __init__ are left out: a module of that name anywhere else goes before them.
     """
@@ -97,14 +99,16 @@ def _module_names(folder: Path) -> set[str]:
     found: set[str] = set()
     try:
         with os.scandir(folder) as entries:
-            for entry in itertools.islice(entries, _MOST_ENTRIES):
+            for entry in entries:
                 is_package = entry.is_dir() and any(
                     Path(entry.path, each).exists() for each in packages
                 )
                 if is_package or entry.name.endswith(endings):
                     found.add(entry.name.partition(".")[0])
-    except OSError:
+    except FileNotFoundError:
         return set()
+    except OSError:
+        return None
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import zipfile
 
 import pytest
 
@@ -90,6 +91,13 @@ def test_modules_that_hide_the_standard_library(tmp_path):
     (tmp_path / "path" / "mine.py").touch()
     assert leading(tmp_path, "import torch", environ) == ("torch",)
     (tmp_path / "path" / "wave.py").touch()
+    assert leading(tmp_path, "import wave\nimport torch", environ) == ()
+
+
+def test_modules_that_cannot_be_listed(tmp_path):
+    with zipfile.ZipFile(tmp_path / "modules.zip", "w") as archive:
+        archive.writestr("wave.py", "")
+    environ = {"PYTHONPATH": str(tmp_path / "modules.zip")}
     assert leading(tmp_path, "import wave\nimport torch", environ) == ()
 
 

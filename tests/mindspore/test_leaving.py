@@ -69,31 +69,29 @@ def meeting():
     os.close(writing)
 
 
-def test_nobody_stays_for_a_rank_0_that_is_gone(meeting):
-    child, number, _ = meeting
-    goodbye = open_goodbye(_world(1), lambda _: number)
+def _stays_for(child, goodbye):
+    """Whether a rank stays for rank 0, and no longer than that lives."""
     leaving = threading.Thread(target=goodbye.say)
     leaving.start()
-    leaving.join(1)
-    assert leaving.is_alive(), "it did not wait for rank 0"
+    # A rank that is turned away leaves after less than that.
+    leaving.join(2)
+    stayed = leaving.is_alive()
     os.kill(child, signal.SIGKILL)
     # It would stay for a minute.
     leaving.join(10)
-    assert not leaving.is_alive()
+    return stayed and not leaving.is_alive()
+
+
+def test_nobody_stays_for_a_rank_0_that_is_gone(meeting):
+    child, number, _ = meeting
+    assert _stays_for(child, open_goodbye(_world(1), lambda _: number))
 
 
 def test_who_is_none_of_the_ranks_takes_no_ranks_place(meeting):
     child, number, port = meeting
     with socket.create_connection(("127.0.0.1", port)) as stranger:
         stranger.sendall(b"GET ")
-        goodbye = open_goodbye(_world(1), lambda _: number)
-        leaving = threading.Thread(target=goodbye.say)
-        leaving.start()
-        leaving.join(2)
-        assert leaving.is_alive(), "it did not wait for rank 0"
-        os.kill(child, signal.SIGKILL)
-        leaving.join(10)
-        assert not leaving.is_alive()
+        assert _stays_for(child, open_goodbye(_world(1), lambda _: number))
 
 
 def test_a_rank_that_reaches_nobody_leaves_nevertheless():
