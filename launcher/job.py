@@ -27,10 +27,11 @@ from ftlaunch.launcher.attempts import Timeline, run_attempts
 from ftlaunch.launcher.config import RunConfig
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.ending import show_verdict, verdict_json
+from ftlaunch.launcher.micro_batch import halve_micro_batch
 from ftlaunch.launcher.npus import hccl_variables, with_rank_table
 from ftlaunch.launcher.opening import Opened, open_job
 from ftlaunch.launcher.output_folder import OWN_NAMES, OutputFolder, default_output_dir
-from ftlaunch.launcher.plan import LaunchPlan, halve_micro_batch, make_plan
+from ftlaunch.launcher.plan import LaunchPlan, make_plan
 from ftlaunch.launcher.ranks import PLAN_OF_RANKS, output_label, preparation, rank_starts
 from ftlaunch.launcher.recorder import Recorder
 from ftlaunch.launcher.rehearsal import Rehearsal, check_faults, check_site

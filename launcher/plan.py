@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from ftlaunch.cluster.events import StartMethod
 from ftlaunch.cluster.machine import Machine, check_framework
 from ftlaunch.launcher.config import ClusterOptions, RunConfig
 from ftlaunch.launcher.layout import HostPlan, Reason, describe, make_layout
+from ftlaunch.launcher.micro_batch import choose_micro_batch, eval_micro_batch, explain_batch
 from ftlaunch.launcher.site import Site
 from ftlaunch.strategies.data.tasks import check_own_keys, load_task
 from ftlaunch.strategies.deepspeed_config import (
@@ -29,10 +29,6 @@ from ftlaunch.strategies.mindspore_models import check_family
 from ftlaunch.strategies.options import JobOptions, Precision
 from ftlaunch.strategies.registry import STRATEGIES, entry
 
-# Upper bounds of a micro-batch that nobody chose. Small ones pad less, because a global batch is
-# sorted by length before it is cut; an accelerator needs larger ones to be busy.
-_MICRO_BATCH = {"cpu": 8, "cuda": 32, "ascend": 32}
-_EVAL_FACTOR = 2
 _LANGUAGE_TASKS = ("causal-lm", "masked-lm")
 _OLD_NPU = "has neither bf16 nor infinite numbers in fp16, so that an overflow would not be seen"
 # Why a precision cannot be had on CPUs.
@@ -123,14 +119,14 @@ def make_plan(
         _check_lora(config, strategy, machines, reasons)
     precision = _precision(config, machines, accelerator, strategy, reasons)
     _batch_fits(config, world_size, mode)
-    micro_batch, accumulation = _micro_batch(config, world_size, accelerator)
+    micro_batch, accumulation = choose_micro_batch(config, world_size, accelerator)
     _check_deepspeed(config, strategy, precision, micro_batch, accumulation, reasons)
-    eval_micro_batch = config.train.per_device_eval_batch_size or _EVAL_FACTOR * micro_batch
+    eval_size = eval_micro_batch(config, micro_batch)
     if mode == "train":
-        _explain_batch(config, world_size, accelerator, micro_batch, accumulation, reasons)
+        explain_batch(config, world_size, accelerator, micro_batch, accumulation, reasons)
     else:
         why = "samples of a rank at once (train.per_device_eval_batch_size)"
-        reasons.append(Reason(choice="micro-batch", value=str(eval_micro_batch), why=why))
+        reasons.append(Reason(choice="micro-batch", value=str(eval_size), why=why))
     return LaunchPlan(
         mode=mode,
         output_dir=output_dir,
@@ -143,7 +139,7 @@ def make_plan(
         world_size=world_size,
         global_batch_size=config.train.global_batch_size,
         micro_batch=micro_batch,
-        eval_micro_batch=eval_micro_batch,
+        eval_micro_batch=eval_size,
         accumulation=accumulation,
         threads_per_rank=layout.threads_per_rank,
         start_method=layout.start_method,
@@ -357,55 +353,3 @@ def _batch_fits(config: RunConfig, world_size: int, mode: str) -> None:
             f"least one sample. Set train.global_batch_size to {world_size} or more, or use fewer "
             "nodes or devices."
         )
-
-
-def _micro_batch(config: RunConfig, world_size: int, accelerator: str) -> tuple[int, int]:
-    """(samples of a micro-batch at most, micro-batches of a rank in an optimizer step)."""
-    share = math.ceil(config.train.global_batch_size / world_size)
-    bound = config.train.per_device_train_batch_size or _MICRO_BATCH[accelerator]
-    accumulation = math.ceil(share / bound)
-    return math.ceil(share / accumulation), accumulation
-
-
-def _explain_batch(
-    config: RunConfig,
-    world_size: int,
-    accelerator: str,
-    micro_batch: int,
-    accumulation: int,
-    reasons: list[Reason],
-) -> None:
-    size = config.train.global_batch_size
-    asked = config.train.per_device_train_batch_size
-    bound = asked or _MICRO_BATCH[accelerator]
-    origin = "train.per_device_train_batch_size" if asked else f"the default on {accelerator}"
-    share = math.ceil(size / world_size)
-    why = f"{share} samples a rank of a global batch of {size}, at most {bound} at once ({origin})"
-    reasons.append(Reason(choice="micro-batch", value=str(micro_batch), why=why))
-    why = f"{accumulation} micro-batch(es) a rank, then one exchange of gradients"
-    reasons.append(Reason(choice="accumulation", value=str(accumulation), why=why))
-
-
-def halve_micro_batch(plan: LaunchPlan) -> LaunchPlan | None:
-    """The plan with half the memory for activations and the same global batch; None at one sample."""
-    if plan.micro_batch == 1:
-        return None
-    micro_batch = plan.micro_batch // 2
-    share = math.ceil(plan.global_batch_size / plan.world_size)
-    accumulation = math.ceil(share / micro_batch)
-    why = f"half of {plan.micro_batch}, for want of memory; the global batch is the same"
-    changed = {
-        "micro-batch": Reason(choice="micro-batch", value=str(micro_batch), why=why),
-        "accumulation": Reason(
-            choice="accumulation",
-            value=str(accumulation),
-            why=f"{accumulation} micro-batch(es) a rank, then one exchange of gradients",
-        ),
-    }
-    return replace(
-        plan,
-        micro_batch=micro_batch,
-        eval_micro_batch=max(1, plan.eval_micro_batch // 2),
-        accumulation=accumulation,
-        reasons=tuple(changed.get(reason.choice, reason) for reason in plan.reasons),
-    )

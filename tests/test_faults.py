@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from ftlaunch.cluster.fork_server import SERVER_NAME
-from ftlaunch.launcher.plan import LaunchPlan, halve_micro_batch
+from ftlaunch.launcher.micro_batch import halve_micro_batch
+from ftlaunch.launcher.plan import LaunchPlan
 from ftlaunch.launcher.rehearsal import Fault, parse_fault
 from ftlaunch.launcher.restarts import RestartPolicy
 from tests.jobs import (
