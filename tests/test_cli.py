@@ -12,7 +12,9 @@ import time
 import pytest
 import yaml
 
-from ftlaunch.launcher.cli import (
+from ftlaunch.launcher.cli import parse, settings_of
+from ftlaunch.launcher.config import load_config
+from ftlaunch.launcher.parsers import (
     build_cancel_parser,
     build_doctor_parser,
     build_eval_parser,
@@ -22,10 +24,7 @@ from ftlaunch.launcher.cli import (
     build_rehearse_parser,
     build_status_parser,
     build_submit_parser,
-    parse,
-    settings_of,
 )
-from ftlaunch.launcher.config import load_config
 from tests.jobs import SCRIPT, ftlaunch, said, write_data, write_model
 
 FLAGS = {

@@ -19,13 +19,7 @@ from ftlaunch.cluster import errors
 from ftlaunch.cluster.machine import detect_machine
 from ftlaunch.cluster.rank_pipe import EVENT_FD_VARIABLE, LISTEN_FD_VARIABLE
 from ftlaunch.cluster.world import World
-from ftlaunch.launcher.cli import (
-    build_eval_parser,
-    build_merge_parser,
-    build_parser,
-    build_submit_parser,
-    parse,
-)
+from ftlaunch.launcher.cli import parse
 from ftlaunch.launcher.config import (
     ALIASES,
     RunConfig,
@@ -34,6 +28,12 @@ from ftlaunch.launcher.config import (
     load_config,
 )
 from ftlaunch.launcher.output_folder import OWN_NAMES
+from ftlaunch.launcher.parsers import (
+    build_eval_parser,
+    build_merge_parser,
+    build_parser,
+    build_submit_parser,
+)
 from ftlaunch.launcher.plan import make_plan
 from ftlaunch.launcher.ranks import device_environment, interface_environment, rank_environment
 from ftlaunch.launcher.site import find_site
