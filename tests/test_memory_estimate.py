@@ -1,0 +1,125 @@
+"""The memory of a job, beside numbers that were derived by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ftlaunch.strategies.memory.architecture import Architecture, read_architecture
+from ftlaunch.strategies.memory.estimate import MemoryRequest, estimate, largest_micro_batch
+
+_GIB = 1 << 30
+
+
+def _bert(**config: Any) -> Architecture:
+    return read_architecture({"model_type": "bert", **config}, head="sequence-classification")
+
+
+def _llama_70b() -> Architecture:
+    config = {
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    }
+    return read_architecture(config, head="causal-lm")
+
+
+def _request(architecture: Architecture, **changes: Any) -> MemoryRequest:
+    request = MemoryRequest(
+        architecture=architecture,
+        strategy="ddp",
+        precision="fp32",
+        world_size=2,
+        micro_batch=1,
+        length=8,
+    )
+    return replace(request, **changes)
+
+
+def test_known_models_have_their_known_sizes() -> None:
+    # BERT-base with a classifier of two: 109,482,240 below the head, and 768 · 2 + 2.
+    assert _bert().num_parameters == 109_482_240 + 1_538
+    # Llama 3.1 70B, as its card says.
+    assert _llama_70b().num_parameters == 70_553_706_496
+
+
+def test_ddp_holds_sixteen_bytes_a_parameter() -> None:
+    # 4 each of weight and gradient, 8 of two moments; of none of them a part.
+    found = estimate(_request(_bert()))
+    p = 109_483_778
+    assert (found.weights, found.gradients, found.optimizer) == (4 * p, 4 * p, 8 * p)
+    assert (found.masters, found.host) == (0, 0)
+
+
+def test_zero3_divides_everything_by_the_ranks() -> None:
+    # bf16 weights 2, fp32 masters 4, moments 8, fp32 gradients 4 bytes, each of a sixteenth of them.
+    found = estimate(_request(_llama_70b(), strategy="zero3", precision="bf16", world_size=16))
+    mine = 70_553_706_496 // 16
+    assert (found.weights, found.masters, found.optimizer) == (2 * mine, 4 * mine, 8 * mine)
+    assert found.gradients == 4 * mine
+
+
+def test_offload_moves_states_to_the_host() -> None:
+    here = _request(_llama_70b(), strategy="zero3", precision="bf16", world_size=16)
+    there = estimate(replace(here, offload=True))
+    mine = 70_553_706_496 // 16
+    assert there.optimizer == there.masters == there.weights == 0
+    assert there.host >= (2 + 4 + 8) * mine
+    assert there.peak < estimate(here).peak
+
+
+def test_frozen_parameters_have_weights_only() -> None:
+    def head_only(name: str) -> bool:
+        return name.startswith("classifier")
+
+    found = estimate(_request(_bert(), trainable=head_only))
+    trained = 768 * 2 + 2
+    assert (found.gradients, found.optimizer) == (4 * trained, 8 * trained)
+    assert found.weights == 4 * 109_483_778
+
+
+def test_the_peak_is_the_most_of_the_phases() -> None:
+    found = estimate(_request(_bert()))
+    assert found.peak == max(found.phases.values())
+    assert found.tensors == found.peak - found.framework
+
+
+def test_more_never_takes_less() -> None:
+    request = _request(_bert(), micro_batch=4, length=128)
+    peak = estimate(request).peak
+    assert estimate(replace(request, micro_batch=8)).peak > peak
+    assert estimate(replace(request, length=256)).peak > peak
+    assert estimate(replace(request, gradient_checkpointing=True)).peak < peak
+
+
+def test_a_bound_is_marked() -> None:
+    config = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100}
+    unknown = read_architecture({"model_type": "new", **config}, head="causal-lm")
+    assert estimate(_request(unknown)).is_bound
+    assert not estimate(_request(_bert())).is_bound
+
+
+@pytest.mark.parametrize("capacity", [3 * _GIB, 8 * _GIB, 80 * _GIB])
+def test_the_largest_micro_batch_is_the_last_that_fits(capacity: int) -> None:
+    request = _request(_bert(), length=512)
+    rows = largest_micro_batch(request, capacity, 64)
+    if rows > 0:
+        assert estimate(replace(request, micro_batch=rows)).peak <= capacity
+    if rows < 64:
+        assert estimate(replace(request, micro_batch=rows + 1)).peak > capacity
+    assert largest_micro_batch(request, 0, 64) == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"strategy": "fsdp"}, {"precision": "fp8"}, {"world_size": 0}, {"micro_batch": 0}],
+)
+def test_numbers_that_no_job_has_are_a_mistake_of_the_caller(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        estimate(_request(_bert(), **wrong))
