@@ -1,0 +1,112 @@
+"""A rank of `benchmarks.overhead`: our loop and a plain one in turn, in blocks of the same steps."""
+
+from __future__ import annotations
+
+import contextlib
+import cProfile
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from ftlaunch.launcher import worker
+from ftlaunch.strategies import training
+from ftlaunch.strategies.loop import Cursor, Windows, train
+
+_PROFILE_VARIABLE = "OVERHEAD_PROFILE"
+# (input tensors, labels, weights) of a micro-batch.
+_Made = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+
+def main() -> int:
+    """As a rank of ours, but for the loop."""
+    result, blocks, steps = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    in_turn = InTurn(result, blocks, steps)
+    mock.patch.object(training, "train", in_turn.run).start()
+    return worker.main()
+
+
+class InTurn:
+    """Stands in the place of `loop.train`."""
+
+    def __init__(self, result: str, blocks: int, steps: int) -> None:
+        self._result = result
+        self._blocks = blocks
+        self._steps = steps
+
+    def run(
+        self, strategy: Any, windows: Windows, schedule: Any, cursor: Cursor, **others: Any
+    ) -> None:
+        last = others.pop("total_steps")
+        profile = cProfile.Profile() if os.environ.get(_PROFILE_VARIABLE) else None
+
+        def ours(total_steps: int) -> None:
+            if profile is not None:
+                profile.enable()
+            train(strategy, windows, schedule, cursor, total_steps=total_steps, **others)
+            if profile is not None:
+                profile.disable()
+
+        ours(self._steps)
+        wall: list[tuple[float, float]] = []
+        processor: list[tuple[float, float]] = []
+        while cursor.step + self._steps <= last:
+            first = cursor.step
+            made = [make(windows, step) for step in range(first, first + self._steps)]
+            sides: list[Callable[[], None]] = [
+                lambda first=first: ours(first + self._steps),  # type: ignore[misc]
+                lambda made=made: plain(strategy, made),  # type: ignore[misc]
+            ]
+            taken = [(0.0, 0.0)] * 2
+            for side in (0, 1) if len(wall) % 2 else (1, 0):
+                strategy.sum_across_ranks(np.zeros(1))
+                taken[side] = timed(sides[side])
+            wall.append((taken[0][0] / self._steps, taken[1][0] / self._steps))
+            processor.append((taken[0][1] / self._steps, taken[1][1] / self._steps))
+        if strategy.world.is_main:
+            if profile is not None:
+                profile.dump_stats(os.environ[_PROFILE_VARIABLE])
+            with open(self._result, "w") as file:
+                json.dump({"wall": wall, "processor": processor}, file)
+
+
+def timed(run: Callable[[], None]) -> tuple[float, float]:
+    """Seconds by the clock, and of this process's processor time."""
+    started, worked = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - started, time.process_time() - worked
+
+
+def make(windows: Windows, step: int) -> tuple[list[_Made], float]:
+    """The micro-batches of a step as tensors, and what its loss is divided by."""
+    indices = windows.order.global_batch(step)
+    made: list[_Made] = []
+    for batch, _ in windows.micro_batches(indices, step):
+        inputs = {name: torch.from_numpy(values) for name, values in batch.inputs.items()}
+        made.append((inputs, torch.from_numpy(batch.labels)))
+    return made, windows.total_items(indices, step)
+
+
+def plain(strategy: Any, made: list[tuple[list[_Made], float]]) -> None:
+    """What anyone would write for these micro-batches."""
+    model, optimizer = strategy._wrapped, strategy._optimizer
+    ranks = strategy.world.size
+    for micro_batches, total_items in made:
+        for number, (inputs, labels) in enumerate(micro_batches):
+            last = number == len(micro_batches) - 1
+            with contextlib.nullcontext() if last or ranks == 1 else model.no_sync():
+                logits = model(**inputs).logits
+                loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+                (loss * (ranks / total_items)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=ranks == 1)
+
+
+if __name__ == "__main__":
+    main()
