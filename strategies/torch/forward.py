@@ -34,18 +34,28 @@ class Forward:
 
     def loss_sum(self, model: Any, batch: Batch) -> torch.Tensor:
         """The weighted sum over the rows of the micro-batch, fp32."""
-        torch.manual_seed(batch.seed)
+        self._seed(batch.seed)
         if self.head is not None:
             chosen, weights = self._choose(batch, batch.weights != 0)
             if self.head.is_unknown:
                 self.set_training(model, False)
                 self.head.fits(lambda: self.logits(model, batch), chosen)
                 self.set_training(model, True)
-                torch.manual_seed(batch.seed)
+                self._seed(batch.seed)
             if self.head.fits(lambda: self.logits(model, batch), chosen):
                 return self.head.loss_sum(lambda: self.logits(model, batch), chosen, weights)
         logits = self.logits(model, batch)
         return self.loss(logits, self._moved(batch.labels), self._moved(batch.weights))
+
+    def _seed(self, seed: int) -> None:
+        """The generators that dropout draws from: the same numbers as after `torch.manual_seed`.
+
+        That function seeds every kind of device. For one that was never used it notes a traceback of
+        the caller instead, which takes longer than collating the micro-batch.
+        """
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _choose(self, batch: Batch, which: NDArray[np.bool_]) -> tuple[ChosenTokens, torch.Tensor]:
         """The tokens of `which`, (rows, length), and their weights. Chosen here: a device that has to
