@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,13 +28,45 @@ class Cursor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """The samples of one optimizer step.
+
+    indices      (samples,) their numbers
+    lengths      (samples,) their tokens, without padding
+    dealt        dealt[rank][i] are the samples of that rank's i-th micro-batch
+    total_items  what the loss is divided by, the same on every rank
+    """
+
+    step: int
+    indices: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    dealt: Sequence[Sequence[NDArray[np.int64]]]
+    total_items: float
+
+    def count_tokens(self) -> tuple[int, int]:
+        """Tokens of all ranks, without and with padding."""
+        length_of = dict(zip(self.indices.tolist(), self.lengths.tolist(), strict=True))
+        padded = sum(
+            len(run) * max(length_of[number] for number in run.tolist())
+            for runs in self.dealt
+            for run in runs
+            if len(run)
+        )
+        return int(self.lengths.sum()), padded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
     """One step as the loop saw it: its samples, its outcome and its duration."""
 
-    indices: NDArray[np.int64]
+    window: Window
     learning_rate: float
     outcome: StepOutcome
     seconds: float
+
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        return self.window.indices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,18 +79,38 @@ class Windows:
     world_size: int
     micro_batch: int
 
-    def micro_batches(self, indices: NDArray[np.int64], step: int) -> Iterator[tuple[Batch, bool]]:
-        """This rank's share of a global batch, each with whether it is the last."""
-        dealt = deal(
-            indices,
-            self.collator.table.lengths(indices),
-            world_size=self.world_size,
-            micro_batch=self.micro_batch,
-        )[self.rank]
+    def window(self, step: int) -> Window:
+        """The samples of optimizer step `step`, counted from 0, and who computes them."""
+        return self._divide(self.order.global_batch(step), step)
+
+    def _divide(self, indices: NDArray[np.int64], step: int) -> Window:
+        lengths = self.collator.table.lengths(indices)
+        return Window(
+            step=step,
+            indices=indices,
+            lengths=lengths,
+            dealt=deal(indices, lengths, world_size=self.world_size, micro_batch=self.micro_batch),
+            total_items=self.total_items(indices, step),
+        )
+
+    def batches(self, window: Window) -> Iterator[tuple[Batch, bool]]:
+        """This rank's share of a window, each micro-batch with whether it is the last."""
+        dealt = window.dealt[self.rank]
+        epoch = self.order.epoch(window.step)
         for number, run in enumerate(dealt):
-            seed = micro_batch_seed(self.order.seed, step, self.rank, number)
-            batch = self.collator.batch(run, seed=seed, epoch=self.order.epoch(step))
-            yield batch, number == len(dealt) - 1
+            seed = micro_batch_seed(self.order.seed, window.step, self.rank, number)
+            yield self.collator.batch(run, seed=seed, epoch=epoch), number == len(dealt) - 1
+
+    def stream(self, first: int, end: int) -> Iterator[tuple[Window, Batch, bool]]:
+        """The micro-batches of steps `first` to `end` - 1, one after the other."""
+        for step in range(first, end):
+            window = self.window(step)
+            for batch, last in self.batches(window):
+                yield window, batch, last
+
+    def micro_batches(self, indices: NDArray[np.int64], step: int) -> Iterator[tuple[Batch, bool]]:
+        """This rank's share of any samples, as if they were those of `step`."""
+        return self.batches(self._divide(indices, step))
 
     def total_items(self, indices: NDArray[np.int64], step: int) -> float:
         """What the loss of a global batch is divided by, the same on every rank."""
@@ -77,19 +129,24 @@ def train(
     after_step: Callable[[StepReport], bool],
 ) -> None:
     """Collective: train from `cursor` to `total_steps`, or until `after_step` says to end."""
-    while cursor.step < total_steps:
+    stream = windows.stream(cursor.step, total_steps)
+    ready = next(stream, None)
+    while ready is not None:
         started = time.perf_counter()
-        indices = windows.order.global_batch(cursor.step)
-        total_items = windows.total_items(indices, cursor.step)
-        for batch, last in windows.micro_batches(indices, cursor.step):
-            strategy.accumulate(batch, total_items, last=last)
+        last = False
+        while not last:
+            assert ready is not None
+            window, batch, last = ready
+            strategy.accumulate(batch, window.total_items, last=last)
+            # Made while a device still computes; the next step's first one, too.
+            ready = next(stream, None)
         learning_rate = schedule.learning_rate(cursor.applied)
         outcome = strategy.apply(learning_rate, stop=stop_requested(), saving=saving())
         # A skipped step has used up its samples, but neither the schedule nor the weights moved.
         cursor.step += 1
         cursor.applied += outcome.applied
         report = StepReport(
-            indices=indices,
+            window=window,
             learning_rate=learning_rate,
             outcome=outcome,
             seconds=time.perf_counter() - started,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ftlaunch.cluster.errors import JobError, UserError
 from ftlaunch.strategies.base import Strategy
@@ -28,7 +27,6 @@ from ftlaunch.strategies.checkpoint.manifest import (
 from ftlaunch.strategies.checkpoint.resuming import load_newest
 from ftlaunch.strategies.checkpoint.retention import prune, remove_unfinished, set_aside_newer
 from ftlaunch.strategies.checkpoint.saver import Saver, Saving
-from ftlaunch.strategies.data.batches import deal
 from ftlaunch.strategies.data.sample_order import samples_digest
 from ftlaunch.strategies.data.token_cache import Tokens
 from ftlaunch.strategies.evaluation import Evaluator
@@ -199,8 +197,8 @@ class TrainingRun:
     def _report(self, report: StepReport) -> None:
         if not self._strategy.world.is_main:
             return
-        outcome = report.outcome
-        num_tokens, num_padded = self._count_tokens(report.indices)
+        outcome, indices = report.outcome, report.window.indices
+        num_tokens, num_padded = report.window.count_tokens()
         self._emit(
             StepDone(
                 step=self._cursor.step,
@@ -210,28 +208,15 @@ class TrainingRun:
                 grad_norm=outcome.grad_norm,
                 loss_scale=outcome.loss_scale,
                 applied=outcome.applied,
-                samples_per_second=len(report.indices) / report.seconds,
+                samples_per_second=len(indices) / report.seconds,
                 tokens_per_second=num_tokens / report.seconds,
-                samples_digest=samples_digest(report.indices),
-                num_samples=len(report.indices),
+                samples_digest=samples_digest(indices),
+                num_samples=len(indices),
                 num_tokens=num_tokens,
                 num_padded_tokens=num_padded,
                 culprit=outcome.culprit,
             )
         )
-
-    def _count_tokens(self, indices: NDArray[np.int64]) -> tuple[int, int]:
-        """Tokens of all ranks, without and with padding."""
-        table = self._tokens.train
-        lengths = table.lengths(indices)
-        dealt = deal(
-            indices,
-            lengths,
-            world_size=self._windows.world_size,
-            micro_batch=self._windows.micro_batch,
-        )
-        runs = [run for runs in dealt for run in runs if len(run)]
-        return int(lengths.sum()), sum(len(run) * int(table.lengths(run).max()) for run in runs)
 
     def _count_skips(self, report: StepReport) -> None:
         self._skipped_in_a_row = 0 if report.outcome.applied else self._skipped_in_a_row + 1
