@@ -17,11 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ftlaunch.cluster.errors import JobError
+from ftlaunch.launcher.bench_peers import run_program
+
 Padding = Literal["dynamic", "max_length"]
 Side = Literal["ours", "peer"]
 
-_PEER_SCRIPT = Path(__file__).parent / "peers" / "hf_trainer.py"
 _TAIL_CHARACTERS = 4000
+_TIMEOUT_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,20 +85,30 @@ class Measurement:
 
 def run_peer(work: Work, folder: Path) -> Measurement:
     """`folder` takes the files of this run; its parent keeps the peer's tokens between runs."""
-    out = folder / "peer.json"
-    environment = {"HF_DATASETS_CACHE": str(folder.parent / "peer_datasets_cache")}
-    wall_seconds = _run(
-        _peer_command(work, out), folder, environment | _thread_limit(_peer_threads(work))
-    )
-    report = json.loads(out.read_text())
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(folder.parent / "peer_datasets_cache"),
+    }
+    try:
+        run = run_program(
+            "hf",
+            _peer_work(work),
+            ranks=work.ranks,
+            folder=folder,
+            timeout_seconds=_TIMEOUT_SECONDS,
+            environment=environment,
+        )
+    except JobError as error:
+        raise SystemExit(str(error)) from None
+    report = run.result
     return Measurement(
         steps=report["steps"],
         train_seconds=report["train_seconds"],
         samples_per_second=report["samples_per_second"],
         tokens_per_second=report["tokens_per_second"],
-        padding_share=1 - report["tokens"] / report["padded_tokens"],
-        wall_seconds=wall_seconds,
-        metrics=report["eval"],
+        padding_share=report["padding_share"],
+        wall_seconds=run.wall_seconds,
+        metrics=report["metrics"],
         details=report,
     )
 
@@ -159,34 +172,27 @@ def _peer_threads(work: Work) -> int:
     return work.threads or max(1, len(os.sched_getaffinity(0)) // work.ranks)
 
 
-def _peer_command(work: Work, out: Path) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={work.ranks}"]
+def _peer_work(work: Work) -> dict[str, Any]:
+    """WORK.json: the settings of `peers.work.Work`."""
     micro_batch = work.micro_batch or work.global_batch // work.ranks
-    command = [
-        sys.executable,
-        *(launcher if work.ranks > 1 else []),
-        str(_PEER_SCRIPT),
-        f"--model={work.model}",
-        f"--train={work.data / 'train.jsonl'}",
-        f"--text-columns={','.join(work.text_columns)}",
-        f"--max-length={work.max_length}",
-        f"--padding={work.padding}",
-        f"--per-device-batch={micro_batch}",
-        f"--accumulation={work.global_batch // (work.ranks * micro_batch)}",
-        f"--learning-rate={work.learning_rate}",
-        f"--epochs={work.epochs}",
-        f"--warmup-steps={work.warmup_steps}",
-        f"--precision={work.precision or 'fp32'}",
-        f"--seed={work.seed}",
-        f"--threads={_peer_threads(work)}",
-        f"--started-at={time.time()}",
-        f"--out={out}",
-    ]
-    if work.max_steps is not None:
-        command.append(f"--max-steps={work.max_steps}")
-    if work.evaluate:
-        command.append(f"--eval={work.data / 'test.jsonl'}")
-    return command
+    return {
+        "model": str(work.model),
+        "rows": str(work.data / "train.jsonl"),
+        "eval_rows": str(work.data / "test.jsonl") if work.evaluate else None,
+        "text_columns": work.text_columns,
+        "max_length": work.max_length,
+        "padding": work.padding,
+        "micro_batch": micro_batch,
+        "accumulation": work.global_batch // (work.ranks * micro_batch),
+        "learning_rate": work.learning_rate,
+        "epochs": work.epochs,
+        "steps": work.max_steps,
+        "warmup_steps": work.warmup_steps,
+        "precision": work.precision or "fp32",
+        "seed": work.seed,
+        "threads": _peer_threads(work),
+        "started_at": time.time(),
+    }
 
 
 def _our_command(work: Work, out: Path, *, cache: Path) -> list[str]:

@@ -26,8 +26,8 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.report import machine_line, markdown_table
+from ftlaunch.launcher.bench_peers import run_program
 
-_PEER = Path(__file__).parent / "peers" / "hf_trainer.py"
 _TIMEOUT = 300.0
 _FTLAUNCH = (sys.executable, "-m", "ftlaunch.launcher")
 _TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
@@ -69,18 +69,27 @@ def ours_first_step(model: Path, data: Path, folder: Path) -> float:
 
 def trainer_first_step(model: Path, data: Path, folder: Path) -> float:
     """The same under torchrun: the script notes when its first step was done."""
-    report = folder / "peer.json"
     started = time.time()
-    command = [
-        *(*_TORCHRUN, "--nproc-per-node=4", str(_PEER)),
-        *("--model", str(model), "--train", str(data / "train.jsonl"), "--max-steps", "1"),
-        *("--text-columns", "sentence1,sentence2", "--max-length", "128", "--threads", "1"),
-        *("--per-device-batch", "8", "--started-at", str(started), "--out", str(report)),
-    ]
-    cache = {"HF_DATASETS_CACHE": str(folder.parent / "peer_cache"), "OMP_NUM_THREADS": "1"}
-    with _running(command, folder, cache) as process:
-        process.wait(timeout=_TIMEOUT)
-    return float(json.loads(report.read_text())["startup_seconds"])
+    work = {
+        "model": str(model),
+        "rows": str(data / "train.jsonl"),
+        "text_columns": ("sentence1", "sentence2"),
+        "max_length": 128,
+        "micro_batch": 8,
+        "steps": 1,
+        "threads": 1,
+        "started_at": started,
+    }
+    cache = {"HF_DATASETS_CACHE": str(folder.parent / "peer_cache"), "HF_HUB_OFFLINE": "1"}
+    run = run_program(
+        "hf",
+        work,
+        ranks=4,
+        folder=folder / "peer",
+        timeout_seconds=_TIMEOUT,
+        environment=cache,
+    )
+    return float(run.result["first_step_at"]) - started
 
 
 def reduce_seconds(command: Sequence[str], folder: Path) -> float:

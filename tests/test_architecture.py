@@ -18,6 +18,11 @@ FOLDERS = ("launcher", "strategies", "cluster")
 SOURCES = sorted(
     path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")
 )
+# Programs that are installed with them and run beside them: no part imports another.
+PEERS = Path("benchmarks/peers")
+PACKAGES = {**{folder: Path(folder) for folder in FOLDERS}, "peers": PEERS}
+# The one file that names them, to start them.
+STARTS_PEERS = Path("launcher/bench_peers.py")
 # The one folder of each framework; None where no file may import it yet.
 FRAMEWORKS = {
     "torch": "strategies/torch",
@@ -59,11 +64,28 @@ def test_imports_go_one_way() -> None:
     wrong = []
     for source, tree in TREES.items():
         allowed = FOLDERS[FOLDERS.index(source.parts[0]) :]
-        for name in (*_imports(tree), *_names_of_modules(tree)):
+        names = [name for name in _names_of_modules(tree) if not _is_peers_start(source, name)]
+        for name in (*_imports(tree), *names):
             first, *rest = name.split(".")
             # A bare `strategies` is the working folder's, or somebody else's distribution.
             if first in FOLDERS or (first == "ftlaunch" and rest and rest[0] not in allowed):
                 wrong.append(f"{source} imports {name}")
+    assert wrong == []
+
+
+def _is_peers_start(source: Path, name: str) -> bool:
+    return source == STARTS_PEERS and name == "ftlaunch.peers"
+
+
+def test_the_peers_know_nothing_of_ours() -> None:
+    """What is measured beside us must not be made of us."""
+    wrong = [
+        f"{path.name} imports {name}"
+        for path in (ROOT / PEERS).glob("*.py")
+        for name in _imports(ast.parse(path.read_text(encoding="utf-8")))
+        if name.split(".")[0] in (*FOLDERS, "ftlaunch", "benchmarks")
+        and name.split(".")[:2] not in (["ftlaunch", "peers"], ["ftlaunch"])
+    ]
     assert wrong == []
 
 
@@ -131,12 +153,14 @@ def test_every_package_is_in_the_wheel() -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML, 3.10 does not")
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {
-        ".".join(("ftlaunch", *path.relative_to(ROOT).parent.parts))
-        for folder in FOLDERS
+        ".".join(("ftlaunch", name, *path.relative_to(ROOT / folder).parent.parts))
+        for name, folder in PACKAGES.items()
         for path in (ROOT / folder).rglob("__init__.py")
     }
     assert set(setuptools["packages"]) == found
-    assert setuptools["package-dir"] == {f"ftlaunch.{folder}": folder for folder in FOLDERS}
+    assert setuptools["package-dir"] == {
+        f"ftlaunch.{name}": folder.as_posix() for name, folder in PACKAGES.items()
+    }
 
 
 def test_every_module_is_in_a_package() -> None:
@@ -146,10 +170,10 @@ def test_every_module_is_in_a_package() -> None:
 
 def test_type_checkers_find_the_folders() -> None:
     typings = ROOT / "typings" / "ftlaunch"
-    assert {path.name for path in typings.iterdir()} == set(FOLDERS)
-    for folder in FOLDERS:
-        assert (typings / folder).is_symlink()
-        assert (typings / folder).resolve() == (ROOT / folder).resolve()
+    assert {path.name for path in typings.iterdir()} == set(PACKAGES)
+    for name, folder in PACKAGES.items():
+        assert (typings / name).is_symlink()
+        assert (typings / name).resolve() == (ROOT / folder).resolve()
         assert (ROOT / folder / "py.typed").is_file()
 
 
