@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from ftlaunch.launcher.bench_peers import run_program
+from ftlaunch.launcher.bench_peers import PEERS, run_program
 from ftlaunch.strategies.loop import Cursor, train
 from ftlaunch.strategies.schedule import Schedule
 from ftlaunch.strategies.torch.ddp import create
@@ -163,8 +163,16 @@ def _check(result, ours, ranks, factor=1):
     assert worst < 1e-5
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("name", ["hf", "torchrun"])
+# A sample of what peers and ranks there are; the others run with make test-long.
+_SHORT = (("hf", 2), ("accelerate", 1), ("torchrun", 2))
+_CELLS = [
+    pytest.param(name, ranks, marks=() if (name, ranks) in _SHORT else pytest.mark.long)
+    for name in PEERS
+    for ranks in (1, 2)
+]
+
+
+@pytest.mark.parametrize(("name", "ranks"), _CELLS)
 def test_a_peer_computes_what_we_compute(tmp_path, model, tokens, ours, name, ranks):
     work = _work(model, tokens, ranks, 2)
     _check(_run(name, work, ranks, tmp_path), ours, ranks, _factor(name, ranks, 2))
