@@ -16,7 +16,7 @@ from ftlaunch.cluster.events import StartMethod
 from ftlaunch.cluster.machine import Machine, check_framework
 from ftlaunch.launcher.config import ClusterOptions, RunConfig
 from ftlaunch.launcher.layout import HostPlan, Reason, describe, make_layout
-from ftlaunch.launcher.micro_batch import choose_micro_batch, eval_micro_batch, explain_batch
+from ftlaunch.launcher.micro_batch import choose_micro_batch, explain_evaluation
 from ftlaunch.launcher.site import Site
 from ftlaunch.strategies.data.tasks import check_own_keys, load_task
 from ftlaunch.strategies.deepspeed_config import (
@@ -54,7 +54,9 @@ class LaunchPlan:
     world_size: int
     global_batch_size: int
     micro_batch: int
+    max_tokens_per_micro_batch: int | None
     eval_micro_batch: int
+    eval_max_tokens: int | None
     accumulation: int
     threads_per_rank: int
     start_method: StartMethod
@@ -119,14 +121,9 @@ def make_plan(
         _check_lora(config, strategy, machines, reasons)
     precision = _precision(config, machines, accelerator, strategy, reasons)
     _batch_fits(config, world_size, mode)
-    micro_batch, accumulation = choose_micro_batch(config, world_size, accelerator)
-    _check_deepspeed(config, strategy, precision, micro_batch, accumulation, reasons)
-    eval_size = eval_micro_batch(config, micro_batch)
-    if mode == "train":
-        explain_batch(config, world_size, accelerator, micro_batch, accumulation, reasons)
-    else:
-        why = "samples of a rank at once (train.per_device_eval_batch_size)"
-        reasons.append(Reason(choice="micro-batch", value=str(eval_size), why=why))
+    chosen = choose_micro_batch(config, world_size, accelerator)
+    _check_deepspeed(config, strategy, precision, chosen.samples, chosen.accumulation, reasons)
+    reasons.extend(chosen.reasons if mode == "train" else explain_evaluation(chosen))
     return LaunchPlan(
         mode=mode,
         output_dir=output_dir,
@@ -138,9 +135,11 @@ def make_plan(
         num_nodes=len(layout.hosts),
         world_size=world_size,
         global_batch_size=config.train.global_batch_size,
-        micro_batch=micro_batch,
-        eval_micro_batch=eval_size,
-        accumulation=accumulation,
+        micro_batch=chosen.samples,
+        max_tokens_per_micro_batch=chosen.tokens,
+        eval_micro_batch=chosen.eval_samples,
+        eval_max_tokens=chosen.eval_tokens,
+        accumulation=chosen.accumulation,
         threads_per_rank=layout.threads_per_rank,
         start_method=layout.start_method,
         hosts=layout.hosts,

@@ -48,6 +48,7 @@ class RowEvaluator:
     spec: TaskSpec
     metrics: Metrics
     micro_batch: int
+    max_tokens: int | None = None
 
     @property
     def num_samples(self) -> int:
@@ -68,6 +69,7 @@ class RowEvaluator:
             rank=strategy.world.rank,
             world_size=strategy.world.size,
             micro_batch=self.micro_batch,
+            max_tokens=self.max_tokens,
         ):
             rows = strategy.predict(batch)
             real = batch.indices >= 0

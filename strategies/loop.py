@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftlaunch.strategies.base import Batch, StepOutcome, Strategy
-from ftlaunch.strategies.data.batches import Batches, deal, micro_batch_seed
+from ftlaunch.strategies.data.batches import Batches, micro_batch_seed
+from ftlaunch.strategies.data.dealing import divide
 from ftlaunch.strategies.data.sample_order import SampleOrder
 from ftlaunch.strategies.schedule import Schedule
 
@@ -31,28 +32,18 @@ class Cursor:
 class Window:
     """The samples of one optimizer step.
 
-    indices      (samples,) their numbers
-    lengths      (samples,) their tokens, without padding
-    dealt        dealt[rank][i] are the samples of that rank's i-th micro-batch
-    total_items  what the loss is divided by, the same on every rank
+    indices        (samples,) their numbers
+    dealt          dealt[rank][i] are the samples of that rank's i-th micro-batch
+    num_tokens     of all ranks, without padding; padded_tokens with it
+    total_items    what the loss is divided by, the same on every rank
     """
 
     step: int
     indices: NDArray[np.int64]
-    lengths: NDArray[np.int64]
     dealt: Sequence[Sequence[NDArray[np.int64]]]
+    num_tokens: int
+    padded_tokens: int
     total_items: float
-
-    def count_tokens(self) -> tuple[int, int]:
-        """Tokens of all ranks, without and with padding."""
-        length_of = dict(zip(self.indices.tolist(), self.lengths.tolist(), strict=True))
-        padded = sum(
-            len(run) * max(length_of[number] for number in run.tolist())
-            for runs in self.dealt
-            for run in runs
-            if len(run)
-        )
-        return int(self.lengths.sum()), padded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +62,17 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
-    """The micro-batches of each optimizer step, divided for one rank."""
+    """The micro-batches of each optimizer step, divided for one rank.
+
+    micro_batch, max_tokens   what one holds at most: `dealing.divide`
+    """
 
     order: SampleOrder
     collator: Batches
     rank: int
     world_size: int
     micro_batch: int
+    max_tokens: int | None = None
 
     def window(self, step: int) -> Window:
         """The samples of optimizer step `step`, counted from 0, and who computes them."""
@@ -85,11 +80,19 @@ class Windows:
 
     def _divide(self, indices: NDArray[np.int64], step: int) -> Window:
         lengths = self.collator.table.lengths(indices)
+        division = divide(
+            indices,
+            lengths,
+            world_size=self.world_size,
+            micro_batch=self.micro_batch,
+            max_tokens=self.max_tokens,
+        )
         return Window(
             step=step,
             indices=indices,
-            lengths=lengths,
-            dealt=deal(indices, lengths, world_size=self.world_size, micro_batch=self.micro_batch),
+            dealt=division.runs,
+            num_tokens=int(lengths.sum()),
+            padded_tokens=division.padded_tokens,
             total_items=self.total_items(indices, step),
         )
 

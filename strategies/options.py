@@ -85,6 +85,8 @@ class TrainOptions:
     global_batch_size: PositiveInt = 32
     # Upper bound of a micro-batch; None lets the plan choose.
     per_device_train_batch_size: PositiveInt | None = None
+    # Padded tokens of a micro-batch at most; 0: no such bound, None lets the plan choose.
+    max_tokens_per_micro_batch: NonNegativeInt | None = None
     per_device_eval_batch_size: PositiveInt | None = None
     learning_rate: NonNegativeFloat = 5e-5
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"

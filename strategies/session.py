@@ -66,7 +66,10 @@ class Stop(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionRequest:
-    """What a rank needs to know."""
+    """What a rank needs to know.
+
+    micro_batch, max_tokens   samples and padded tokens that are computed at once, at most: `dealing`
+    """
 
     options: JobOptions
     output_dir: Path
@@ -80,6 +83,8 @@ class SessionRequest:
     timeout_seconds: float
     world: World
     listen_fd: int | None
+    max_tokens: int | None = None
+    eval_max_tokens: int | None = None
 
 
 def train(request: SessionRequest, *, emit: Callable[[Progress], None], stop: Stop) -> bool:
@@ -110,6 +115,7 @@ def train(request: SessionRequest, *, emit: Callable[[Progress], None], stop: St
         strategy_name=request.strategy,
         precision=request.precision,
         micro_batch=request.micro_batch,
+        max_tokens=request.max_tokens,
         identity=identity,
         tokenizer_files=tokenizer_files(locate_tokenizer(_tokenizer_source(options))),
     )
@@ -271,6 +277,7 @@ def _evaluator(
             spec=spec,
             metrics=choose_metrics(batches.task, spec, options.train.metrics),
             micro_batch=request.eval_micro_batch,
+            max_tokens=request.eval_max_tokens,
         )
     names = options.train.metrics
     if names is None:
@@ -281,6 +288,7 @@ def _evaluator(
         spec=spec,
         metrics=load_metrics(names, spec),
         micro_batch=request.eval_micro_batch,
+        max_tokens=request.eval_max_tokens,
     )
 
 

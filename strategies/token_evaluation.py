@@ -29,6 +29,7 @@ class TokenEvaluator:
     spec: TaskSpec
     metrics: Mapping[str, TokenMetric]
     micro_batch: int
+    max_tokens: int | None = None
 
     @property
     def num_samples(self) -> int:
@@ -53,6 +54,7 @@ class TokenEvaluator:
             rank=strategy.world.rank,
             world_size=strategy.world.size,
             micro_batch=self.micro_batch,
+            max_tokens=self.max_tokens,
         ):
             scores = strategy.score(batch)
             for row in np.flatnonzero(batch.indices >= 0).tolist():

@@ -63,6 +63,7 @@ class RunSettings:
     micro_batch: int
     identity: dict[str, Any]
     tokenizer_files: tuple[Path, ...]
+    max_tokens: int | None = None
 
 
 class TrainingRun:
@@ -98,6 +99,7 @@ class TrainingRun:
             rank=strategy.world.rank,
             world_size=strategy.world.size,
             micro_batch=settings.micro_batch,
+            max_tokens=settings.max_tokens,
         )
         self._total_steps = total_steps(options, tokens)
         self._schedule = make_schedule(options.train, self._total_steps)
@@ -198,7 +200,7 @@ class TrainingRun:
         if not self._strategy.world.is_main:
             return
         outcome, indices = report.outcome, report.window.indices
-        num_tokens, num_padded = report.window.count_tokens()
+        num_tokens = report.window.num_tokens
         self._emit(
             StepDone(
                 step=self._cursor.step,
@@ -213,7 +215,7 @@ class TrainingRun:
                 samples_digest=samples_digest(indices),
                 num_samples=len(indices),
                 num_tokens=num_tokens,
-                num_padded_tokens=num_padded,
+                num_padded_tokens=report.window.padded_tokens,
                 culprit=outcome.culprit,
             )
         )

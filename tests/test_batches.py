@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ftlaunch.strategies.data.batches import Collator, deal, micro_batch_seed
+from ftlaunch.strategies.data.batches import Collator, micro_batch_seed
+from ftlaunch.strategies.data.dealing import deal
 from tests import tiny
 
 

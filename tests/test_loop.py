@@ -39,13 +39,14 @@ def test_tokens_of_all_ranks_are_counted():
     """Runs of (8, 7), (6, 5), (4, 3) and (2, 1) tokens: 36, and 2 · (8 + 6 + 4 + 2) = 40 padded."""
     for world_size in (1, 2):
         window = _windows(world_size=world_size).window(0)
-        assert window.count_tokens() == (36, 40)
+        assert (window.num_tokens, window.padded_tokens) == (36, 40)
         assert window.total_items == 8.0
 
 
 def test_one_more_rank_than_samples_has_nothing_to_count():
     """Nine ranks, a sample each and one without: no padding."""
-    assert _windows(world_size=9).window(0).count_tokens() == (36, 36)
+    window = _windows(world_size=9).window(0)
+    assert (window.num_tokens, window.padded_tokens) == (36, 36)
 
 
 class _Recording:

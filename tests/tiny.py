@@ -131,13 +131,21 @@ def request(
     )
 
 
-def windows(world: World, table: Table, *, global_batch: int, micro_batch: int) -> Windows:
+def windows(
+    world: World,
+    table: Table,
+    *,
+    global_batch: int,
+    micro_batch: int,
+    max_tokens: int | None = None,
+) -> Windows:
     return Windows(
         order=SampleOrder(num_samples=len(table), global_batch_size=global_batch, seed=7),
         collator=Collator(table=table, pad_token_id=0),
         rank=world.rank,
         world_size=world.size,
         micro_batch=micro_batch,
+        max_tokens=max_tokens,
     )
 
 

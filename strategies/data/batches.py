@@ -1,8 +1,4 @@
-"""How a global batch is divided among ranks and micro-batches, and padded into arrays.
-
-The division never changes which samples an optimizer step sees; it only decides where they are
-computed, so that little is padding and every rank carries about the same number of tokens.
-"""
+"""Samples as padded arrays. Which of them share a micro-batch is decided in `dealing`."""
 
 from __future__ import annotations
 
@@ -16,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftlaunch.strategies.base import Batch
+from ftlaunch.strategies.data.dealing import deal
 
 FILLER = -1
 # What is drawn for an evaluation is the same in every one.
@@ -53,27 +50,6 @@ class Batches(Protocol):
     def total_items(self, indices: NDArray[np.int64], *, epoch: int = 0) -> float: ...
 
     def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int = 0) -> Batch: ...
-
-
-def deal(
-    indices: NDArray[np.int64], lengths: NDArray[np.int64], *, world_size: int, micro_batch: int
-) -> list[list[NDArray[np.int64]]]:
-    """Divide a global batch: result[rank][i] are the samples of that rank's i-th micro-batch.
-
-    Sorted by length and cut into equal runs, so that a run pads little; runs are dealt to the
-    ranks in turn, forth and back, so that at every step the ranks work on runs of about one length
-    and carry about the same number of tokens. Every rank gets the same number of micro-batches,
-    none larger than `micro_batch`; a run may be empty where samples are too few.
-    """
-    per_rank = max(1, math.ceil(len(indices) / (world_size * micro_batch)))
-    # Longest first: memory peaks in the first micro-batch, not somewhere later. Ties by number.
-    order = np.lexsort((indices, -lengths))
-    runs = np.array_split(indices[order], per_rank * world_size)
-    dealt: list[list[NDArray[np.int64]]] = [[] for _ in range(world_size)]
-    for number, run in enumerate(runs):
-        turn, place = divmod(number, world_size)
-        dealt[place if turn % 2 == 0 else world_size - 1 - place].append(run)
-    return dealt
 
 
 def micro_batch_seed(seed: int, step: int, rank: int, number: int) -> int:
@@ -149,12 +125,21 @@ def pad_inputs(
 
 
 def evaluation_batches(
-    collator: Batches, *, rank: int, world_size: int, micro_batch: int
+    collator: Batches,
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch: int,
+    max_tokens: int | None = None,
 ) -> Iterator[Batch]:
     """Every sample of the table exactly once over all ranks, the same number of batches on each."""
     indices = np.arange(len(collator.table))
     dealt = deal(
-        indices, collator.table.lengths(indices), world_size=world_size, micro_batch=micro_batch
+        indices,
+        collator.table.lengths(indices),
+        world_size=world_size,
+        micro_batch=micro_batch,
+        max_tokens=max_tokens,
     )
     for run in dealt[rank]:
         yield collator.batch(run, seed=0, epoch=EVALUATION_EPOCH)
