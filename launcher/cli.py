@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ftlaunch.launcher.parsers import (
+    build_bench_parser,
     build_cancel_parser,
     build_doctor_parser,
     build_eval_parser,
@@ -47,6 +48,8 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
     """(command, its arguments). argparse itself ends with exit code 2 for a flag it does not know."""
     if argv and argv[0] == "eval":
         return argv[0], build_eval_parser().parse_intermixed_args(list(argv[1:]))
+    if argv and argv[0] == "bench":
+        return argv[0], build_bench_parser().parse_intermixed_args(list(argv[1:]))
     if argv and argv[0] == "doctor":
         return argv[0], build_doctor_parser().parse_intermixed_args(list(argv[1:]))
     if argv and argv[0] == "merge":
@@ -114,6 +117,10 @@ def _function_of(command: str) -> Callable[[argparse.Namespace, dict[str, Any]],
         from ftlaunch.launcher.submit_command import submit_job
 
         return submit_job
+    if command == "bench":
+        from ftlaunch.launcher.bench_command import bench
+
+        return bench
     if command == "doctor":
         from ftlaunch.launcher.doctor import doctor
 

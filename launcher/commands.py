@@ -21,6 +21,7 @@ from ftlaunch.launcher.script_plan import Script
 from ftlaunch.launcher.slurm_options import SlurmOptions
 from ftlaunch.strategies.data.demo import DEMO_OPTIONS
 from ftlaunch.strategies.model_config import absolute_path
+from ftlaunch.strategies.options import BenchOptions
 
 # Flags that say how to train.
 _OF_TRAINING = ("model", "dataset", "task", "strategy", "precision")
@@ -45,6 +46,8 @@ def _train(arguments: argparse.Namespace, flags: Mapping[str, Any], faults: Sequ
     config = script_config(arguments, flags) if script else config_of(arguments, flags)
     rehearsal = Rehearsal(faults)
     with Console(sys.stdout) as console:
+        if config.bench != BenchOptions():
+            console.say("bench.* is for ftlaunch bench: this run measures nothing")
         if config.slurm != SlurmOptions():
             console.say("slurm.* is for ftlaunch submit: this run does not ask SLURM for anything")
         if script is not None:

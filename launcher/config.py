@@ -26,6 +26,7 @@ from ftlaunch.launcher.slurm_options import SlurmOptions, slurm_mistakes, with_f
 from ftlaunch.strategies.deepspeed_config import read_deepspeed_config
 from ftlaunch.strategies.model_config import absolute_path, looks_local
 from ftlaunch.strategies.options import (
+    BenchOptions,
     CheckpointOptions,
     DataOptions,
     DeepSpeedOptions,
@@ -104,6 +105,7 @@ class RunConfig:
     deepspeed: DeepSpeedOptions = field(default_factory=DeepSpeedOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     slurm: SlurmOptions = field(default_factory=SlurmOptions)
+    bench: BenchOptions = field(default_factory=BenchOptions)
 
     @property
     def is_demo(self) -> bool:
@@ -119,6 +121,7 @@ class RunConfig:
             checkpoint=self.checkpoint,
             deepspeed=self.deepspeed,
             lora=self.lora,
+            bench=self.bench,
         )
 
 
@@ -141,8 +144,12 @@ def load_config(
     flags: Mapping[str, Any],
     overrides: Sequence[str],
     defaults: Mapping[str, Any] | None = None,
+    data_optional: bool = False,
 ) -> RunConfig:
-    """`defaults` (dotted keys) give way to everything. UserError that lists every mistake at once."""
+    """`defaults` (dotted keys) give way to everything. UserError that lists every mistake at once.
+
+    data_optional   a model may be named without data
+    """
     settings: dict[str, Any] = {}
     for key, value in (defaults or {}).items():
         _set(settings, key, value)
@@ -166,7 +173,7 @@ def load_config(
     except pydantic.ValidationError as error:
         mistakes += _mistakes(error)
     if config is not None:
-        mistakes += _contradictions(config)
+        mistakes += _contradictions(config, data_optional=data_optional)
     if mistakes or config is None:
         raise UserError("\n".join(_once(mistakes)))
     return _with_deepspeed_file(_with_absolute_paths(config))
@@ -379,7 +386,7 @@ def _unknown_key(name: str) -> str:
     return f"{name} is not a key.{hint} All keys are listed in docs/configuration.md."
 
 
-def _contradictions(config: RunConfig) -> list[str]:
+def _contradictions(config: RunConfig, *, data_optional: bool = False) -> list[str]:
     """What no single value shows to be wrong."""
     train, checkpoint = config.train, config.checkpoint
     lines = []
@@ -390,7 +397,8 @@ def _contradictions(config: RunConfig) -> list[str]:
         lines.append(f"cluster.min_nodes is {least}: the job has {nodes} nodes, not more.")
     if config.model.name_or_path is None and config.data.name_or_path is not None:
         lines.append("--dataset is given without --model. Name the model that is to be trained.")
-    if config.data.name_or_path is None and config.model.name_or_path is not None:
+    without_data = config.data.name_or_path is None and config.model.name_or_path is not None
+    if without_data and not data_optional:
         lines.append(
             "--model is given without --dataset. Name the data that it is to be trained on."
         )

@@ -19,6 +19,7 @@ Everything else is KEY=VALUE, for example train.learning_rate=2e-5 train.num_tra
   ftlaunch submit --nodes 4 --partition gpu --time 4:00:00 -o out ...        as a job of SLURM
   ftlaunch status out | logs out --follow | cancel out                   of any job, this or that
   ftlaunch doctor --hostfile hosts -o out         what is on every node, whether a job would run
+  ftlaunch bench --nodes 1,2,4 ...                how fast it trains, where the time goes, how it scales
   ftlaunch rehearse --nodes 4 --fault kill-rank:3@step5       any of these, with faults on purpose
 
 Exit codes: 0 done, 1 the job failed, 2 a mistake in what was asked for, 75 stopped on request
@@ -62,7 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
         "       ftlaunch rehearse --fault FAULT [flags] [KEY=VALUE ...] [SCRIPT.py ...]\n"
         "       ftlaunch submit [flags] [KEY=VALUE ...] [SCRIPT.py ...]\n"
         "       ftlaunch status|logs|cancel OUT [flags]\n"
-        "       ftlaunch doctor [flags] [KEY=VALUE ...]",
+        "       ftlaunch doctor [flags] [KEY=VALUE ...]\n"
+        "       ftlaunch bench [--nodes 1,2,4] [flags] [KEY=VALUE ...]",
         description="Fine-tune a pretrained model on every device there is.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -207,6 +209,28 @@ def build_doctor_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def build_bench_parser() -> argparse.ArgumentParser:
+    """Flags that say where and what, of which three take several values, and its own."""
+    parser = _Parser(
+        prog="ftlaunch bench",
+        usage="ftlaunch bench [--nodes 1,2,4] [flags] [KEY=VALUE ...]",
+        description="Measure how fast a job trains, where its time goes, and how it scales.",
+        epilog="Without --dataset the samples are random (bench.lengths, bench.samples), without --model it "
+        "is the demo. Exit codes: 0 all was measured, 1 a cell failed, 2 a mistake in what was asked "
+        "for, 130 stopped; what was measured until then is kept. All of it: docs/benchmarks.md.",
+        allow_abbrev=False,
+    )
+    _add_shared_flags(parser, several=True)
+    add = parser.add_argument
+    add("--steps", dest="bench.steps", metavar="N", help="that are measured (default: 20)")
+    add("--warmup-steps", dest="bench.warmup_steps", metavar="N", help="before them (default: 5)")
+    add("--repeats", dest="bench.repeats", metavar="N", help="of each cell, in turn (default: 3)")
+    add("--dry-run", action="store_true", help="print the cells, start nothing")
+    add("--json", action="store_true", help="print bench.json instead of lines")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
+    return parser
+
+
 def _add_flags_of_runs(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--max-restarts", type=int, metavar="N", help="restarts after a killed rank")
@@ -216,16 +240,32 @@ def _add_flags_of_runs(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_shared_flags(
-    parser: argparse.ArgumentParser, *, model: bool = True, where: bool = True
+    parser: argparse.ArgumentParser,
+    *,
+    model: bool = True,
+    where: bool = True,
+    several: bool = False,
 ) -> None:
+    """`several`: nodes, strategies and precisions are lists."""
     add = parser.add_argument
-    add("--nodes", type=int, metavar="N", help="nodes (without a cluster: processes here)")
+    if several:
+        add(
+            "--nodes",
+            metavar="N,N",
+            help="numbers of nodes to compare (default: one, or all hosts)",
+        )
+    else:
+        add("--nodes", type=int, metavar="N", help="nodes (without a cluster: processes here)")
     add("--devices", type=int, metavar="N", help="ranks on each node (default: every accelerator)")
     if where:
         add("--cluster", choices=("local", "ssh", "slurm", "auto"), help="where the nodes are")
         add("--hostfile", metavar="FILE", help="hosts to use over ssh")
-    add("--strategy", metavar="NAME", help="ddp, zero1, zero2 or zero3 (default: ddp)")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the computation")
+    if several:
+        add("--strategy", metavar="NAME,NAME", help="each of them: ddp,zero2 (default: ddp)")
+        add("--precision", metavar="NAME,NAME", help="each of them: fp32,bf16 (default: auto)")
+    else:
+        add("--strategy", metavar="NAME", help="ddp, zero1, zero2 or zero3 (default: ddp)")
+        add("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the computation")
     add("--task", metavar="NAME", help="what is learned: text-classification, causal-lm, …")
     if model:
         add("--model", metavar="DIR_OR_HUB", help="the pretrained model")

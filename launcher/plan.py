@@ -43,7 +43,7 @@ _PRECISION_REASONS = {
 class LaunchPlan:
     """Everything that is decided before a rank starts."""
 
-    mode: Literal["train", "eval"]
+    mode: Literal["train", "eval", "bench"]
     output_dir: str
     options: JobOptions
     cluster: ClusterOptions

@@ -64,7 +64,9 @@ def preparation(plan: LaunchPlan) -> Prepare:
         model_type = model_type_of(plan.options.model)
         if model_type is not None and "torch" in entry(plan.strategy).implementation:
             preload.append(f"transformers.models.{model_type}.modeling_{model_type}")
-        if plan.mode == "train" and plan.options.lora.r is not None:
+        if plan.mode == "bench":
+            preload.append("ftlaunch.strategies.measurement")
+        if plan.mode != "eval" and plan.options.lora.r is not None:
             preload.append("peft")
     return Prepare(
         start_method=plan.start_method,

@@ -91,6 +91,10 @@ def _run(pipe: RankPipe, plan_path: Path) -> int:
 
     started = time.perf_counter()
     run: Callable[..., bool] = session.train if plan.mode == "train" else session.evaluate
+    if plan.mode == "bench":
+        from ftlaunch.strategies.measurement import measure
+
+        run = measure
     stopped = run(
         session.SessionRequest(
             options=plan.options,

@@ -162,6 +162,24 @@ class LoraOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What only `ftlaunch bench` reads."""
+
+    __pydantic_config__ = _STRICT
+
+    # Optimizer steps before those that count.
+    warmup_steps: NonNegativeInt = 5
+    steps: Annotated[int, Ge(2)] = 20
+    # Times that each cell is run, each with new ranks.
+    repeats: PositiveInt = 3
+    # Of random samples in place of data, in tokens (`strategies.data.synthetic.read_lengths`). None: the
+    # demo's own data, and lognormal:64:0.5 for a model without data.
+    lengths: int | str | None = None
+    # How many random samples.
+    samples: PositiveInt = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions:
     """Everything that a worker reads from the plan about training."""
 
@@ -174,3 +192,4 @@ class JobOptions:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     deepspeed: DeepSpeedOptions = field(default_factory=DeepSpeedOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
+    bench: BenchOptions = field(default_factory=BenchOptions)

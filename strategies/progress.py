@@ -114,6 +114,31 @@ class Alive:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What was measured of some steps; sent once by rank 0 (`strategies.measurement`).
+
+    step_seconds   of each measured step, on the rank for which it took longest
+    seconds        of all of them together
+    num_tokens     of all ranks, without padding; num_padded_tokens with it
+    model_flops    that the steps needed (`flops.step_flops`); None for a model whose shape is not known
+    ranks          of each rank: the shares of its time, which sum to 1, `peak_flops_per_second` and
+                   `peak_memory_bytes`
+    share_steps    the steps of their own in which the shares were measured
+    """
+
+    kind: ClassVar[str] = "measured"
+    step_seconds: tuple[float, ...]
+    seconds: float
+    num_samples: int
+    num_tokens: int
+    num_padded_tokens: int
+    skipped_steps: int
+    model_flops: float | None
+    ranks: tuple[Mapping[str, float], ...]
+    share_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """The worker's part is over. `stopped`: on request, before the end, with a checkpoint.
 
@@ -131,7 +156,9 @@ class Finished:
     peak_memory_bytes: int
 
 
-Progress = DataReady | Resumed | StepDone | Evaluated | Saved | Note | Phase | Alive | Finished
+Progress = (
+    DataReady | Resumed | StepDone | Evaluated | Saved | Note | Phase | Alive | Measured | Finished
+)
 _KINDS: dict[str, type[Any]] = {cls.kind: cls for cls in get_args(Progress)}
 
 

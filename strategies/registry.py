@@ -26,6 +26,7 @@ class StrategyEntry:
     scheduler        the ranks meet at a process of MindSpore's own instead of a store in rank 0
     zero_stage       of DeepSpeed; None without it
     families         of models that it can train, by task; None for all
+    instruments      "module:class", how the framework is measured
     """
 
     implementation: str
@@ -39,6 +40,7 @@ class StrategyEntry:
     zero_stage: int | None = None
     at_least: str = "0"
     families: Mapping[str, tuple[str, ...]] | None = None
+    instruments: str = "ftlaunch.strategies.torch.instruments:TorchInstruments"
 
     def runs(self, precision: str, accelerator: str) -> bool:
         """Whether the precision can be had on that accelerator."""
@@ -96,6 +98,7 @@ STRATEGIES: dict[str, StrategyEntry] = {
         scheduler=True,
         at_least="2.7",
         families=FAMILIES,
+        instruments="ftlaunch.strategies.mindspore.instruments:MindSporeInstruments",
     ),
 }
 

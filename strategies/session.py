@@ -94,7 +94,7 @@ def train(request: SessionRequest, *, emit: Callable[[Progress], None], stop: St
     say = emit if request.world.is_main else lambda message: None
     alive = signs_of_life(emit)
     say(Phase(name="data"))
-    tokens = _prepare(request, alive)
+    tokens = prepare(request, alive)
     identity = job_identity(options, tokens)
     root = request.output_dir / "checkpoints"
     found = newest_manifest(root)
@@ -108,7 +108,7 @@ def train(request: SessionRequest, *, emit: Callable[[Progress], None], stop: St
     if request.world.is_main:
         emit(_data_ready(request, tokens, started))
     say(Phase(name="model"))
-    strategy = _create_strategy(request, tokens)
+    strategy = create_strategy(request, tokens)
     settings = RunSettings(
         options=options,
         output_dir=request.output_dir,
@@ -167,7 +167,7 @@ def evaluate(request: SessionRequest, *, emit: Callable[[Progress], None], stop:
         )
     )
     say(Phase(name="model"))
-    strategy = _create_strategy(request, tokens, trained_head=True)
+    strategy = create_strategy(request, tokens, trained_head=True)
     say(Phase(name="evaluate"))
     started = time.perf_counter()
     outputs = evaluator.run(strategy)
@@ -227,7 +227,7 @@ def signs_of_life(emit: Callable[[Progress], None]) -> Callable[[], None]:
     return alive
 
 
-def _prepare(request: SessionRequest, alive: Callable[[], None]) -> Tokens:
+def prepare(request: SessionRequest, alive: Callable[[], None]) -> Tokens:
     """The job's tokens, on the first run tokenized by all ranks. UserError when they do not fit."""
     options = request.options
     tokens = prepare_tokens(
@@ -317,26 +317,32 @@ def _data_ready(request: SessionRequest, tokens: Tokens, started: float) -> Data
     )
 
 
-def _create_strategy(
+def create_strategy(
     request: SessionRequest, tokens: Tokens, *, trained_head: bool = False
 ) -> Strategy:
+    """Collective: join the other ranks and load the model."""
     create: Callable[[StrategyRequest], Strategy] = registry.load(request.strategy)
-    return create(
-        StrategyRequest(
-            world=request.world,
-            options=request.options,
-            precision=request.precision,
-            accelerator=request.accelerator,
-            device=request.device,
-            num_threads=request.num_threads,
-            listen_fd=request.listen_fd,
-            timeout_seconds=request.timeout_seconds,
-            loss=tokens.spec.loss,
-            num_outputs=tokens.spec.num_outputs,
-            label_names=tokens.spec.label_names,
-            max_token_id=tokens.max_token_id,
-            pad_token_id=tokens.pad_token_id,
-            trained_head=trained_head,
-            head=tokens.spec.head,
-        )
+    return create(strategy_request(request, tokens, trained_head=trained_head))
+
+
+def strategy_request(
+    request: SessionRequest, tokens: Tokens, *, trained_head: bool = False
+) -> StrategyRequest:
+    """What a strategy is created from, for these tokens."""
+    return StrategyRequest(
+        world=request.world,
+        options=request.options,
+        precision=request.precision,
+        accelerator=request.accelerator,
+        device=request.device,
+        num_threads=request.num_threads,
+        listen_fd=request.listen_fd,
+        timeout_seconds=request.timeout_seconds,
+        loss=tokens.spec.loss,
+        num_outputs=tokens.spec.num_outputs,
+        label_names=tokens.spec.label_names,
+        max_token_id=tokens.max_token_id,
+        pad_token_id=tokens.pad_token_id,
+        trained_head=trained_head,
+        head=tokens.spec.head,
     )

@@ -15,6 +15,7 @@ import yaml
 from ftlaunch.launcher.cli import parse, settings_of
 from ftlaunch.launcher.config import load_config
 from ftlaunch.launcher.parsers import (
+    build_bench_parser,
     build_cancel_parser,
     build_doctor_parser,
     build_eval_parser,
@@ -84,6 +85,7 @@ BUILDERS = {
     ("status",): build_status_parser,
     ("logs",): build_logs_parser,
     ("cancel",): build_cancel_parser,
+    ("bench",): build_bench_parser,
 }
 
 
@@ -99,7 +101,7 @@ def test_help(command):
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("eval",), ("merge",), ("doctor",), ("submit",), ("status",)]
+    "command", [(), ("eval",), ("merge",), ("doctor",), ("submit",), ("status",), ("bench",)]
 )
 def test_help_imports_next_to_nothing(command):
     modules = imported_by(*command, "--help")
@@ -148,6 +150,14 @@ def test_the_flags_of_the_doctor_are_frozen():
     flags = {flag for action in build_doctor_parser()._actions for flag in action.option_strings}
     of_running = {"--dry-run", "--overwrite", "--max-restarts", "-m", "--version"}
     assert flags == (FLAGS - of_running) | {"--json"}
+
+
+def test_the_flags_of_bench_are_frozen():
+    """Those that say what a job is and where it runs, how often it is measured, and what is printed."""
+    flags = {flag for action in build_bench_parser()._actions for flag in action.option_strings}
+    of_running = {"--overwrite", "--max-restarts", "-m", "--version"}
+    own = {"--steps", "--warmup-steps", "--repeats", "--json"}
+    assert flags == (FLAGS - of_running) | own
 
 
 @pytest.mark.parametrize("build", BUILDERS.values())

@@ -150,6 +150,7 @@ def test_documented_meanings_name_every_choice() -> None:
             "deepspeed",
             "lora",
             "slurm",
+            "bench",
         )
         for name, hint in typing.get_type_hints(
             typing.get_type_hints(RunConfig)[section], include_extras=False

@@ -93,6 +93,11 @@ class TorchDataParallel:
         if request.packs_samples:
             self._forward.check_borders(model)
 
+    @property
+    def exchanges_in_backward(self) -> bool:
+        """The last backward pass of a step waits until all gradients have been exchanged."""
+        return isinstance(self._wrapped, DistributedDataParallel)
+
     # -- the step ---------------------------------------------------------------------------
 
     def accumulate(self, batch: Batch, total_items: float, *, last: bool) -> None:
