@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.report import machine_line, markdown_table
-from benchmarks.sides import Measurement, Work, run_ours, run_peer
+from benchmarks.sides import OURS, Measurement, Work, run_side
 
 PEER = "HF Trainer"
 # By side and seed; our sides are strategies.
@@ -80,9 +80,9 @@ def run_all(options: argparse.Namespace) -> Results:
     with tempfile.TemporaryDirectory(prefix="mrpc_accuracy_") as folder:
         for seed in options.seeds:
             for side, by_seed in results.items():
-                run = run_peer if side == PEER else run_ours
                 work = work_of(options, side, seed)
-                by_seed[seed] = run(work, Path(folder) / f"{side.replace(' ', '_')}_{seed}")
+                place = Path(folder) / f"{side.replace(' ', '_')}_{seed}"
+                by_seed[seed] = run_side("hf" if side == PEER else OURS, work, place)
                 if options.out is not None:
                     save(results, options.out)
     return results

@@ -1,7 +1,7 @@
-"""The two sides of a comparison: `ftlaunch` and the HF Trainer, each run as its own process.
+"""The sides of a comparison: `ftlaunch` and the peers, each run as its own process.
 
-Knows how to give both the same work and how to read what they did in the same terms; nothing of
-what is compared or how often.
+Knows how to give all of them the same work and how to read what they did in the same terms; nothing
+of what is compared or how often.
 """
 
 from __future__ import annotations
@@ -13,15 +13,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ftlaunch.cluster.errors import JobError
+from ftlaunch.cluster.machine import detect_machine
 from ftlaunch.launcher.bench_peers import run_program
+from ftlaunch.launcher.config import load_config
+from ftlaunch.launcher.peer_work import check_comparable, make_peer_work, plan_tokens
+from ftlaunch.launcher.plan import make_plan
+from ftlaunch.launcher.site import find_site
 
 Padding = Literal["dynamic", "max_length"]
-Side = Literal["ours", "peer"]
+# "ours", or a peer's name.
+Side = str
+OURS = "ours"
 
 _TAIL_CHARACTERS = 4000
 _TIMEOUT_SECONDS = 3600.0
@@ -34,12 +41,13 @@ class Work:
     data             a folder with train.jsonl and test.jsonl
     strategy         of ours
     python           of ours: the interpreter of the environment that has its framework
-    precision        None: the side's own choice (ours only; the peer has fp32)
+    precision        None: the side's own choice (ours only; a peer has fp32)
     micro_batch      at most so many rows at a time on a rank; None: the side's own choice
-                     (the peer: the global batch over the ranks, without accumulation)
-    threads          per rank; None: the side's own choice (the peer: the cores over the ranks)
+                     (a peer: the global batch over the ranks, without accumulation)
+    threads          per rank; None: the side's own choice (a peer: the cores over the ranks)
     warmup_steps     optimizer steps at the start that are not measured
     padding          of the peer; ours pads each micro-batch to its longest row
+    group_by_length  of the peer hf
     """
 
     model: Path
@@ -57,6 +65,7 @@ class Work:
     max_steps: int | None = None
     warmup_steps: int = 0
     padding: Padding = "dynamic"
+    group_by_length: bool = False
     evaluate: bool = False
     strategy: str = "ddp"
     python: str = sys.executable
@@ -83,7 +92,37 @@ class Measurement:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run_peer(work: Work, folder: Path) -> Measurement:
+def run_side(
+    side: Side, work: Work, folder: Path, told: Mapping[str, Any] | None = None
+) -> Measurement:
+    """`told`: what a peer gets instead of the texts, by `same_batches`."""
+    if side == OURS:
+        return run_ours(work, folder)
+    return run_peer(side, work, folder, told)
+
+
+def same_batches(work: Work, folder: Path) -> dict[str, Any]:
+    """The very micro-batches that ours computes, for any peer; the samples' file lies in `folder`."""
+    flags, overrides = _our_settings(work, cache=folder / "token_cache")
+    config = load_config(file=None, flags=flags, overrides=overrides)
+    machine, site = detect_machine(os.environ), find_site(config.cluster, os.environ)
+    plan = make_plan(config, [machine] * work.ranks, site, output_dir=str(folder))
+    plan = replace(plan, threads_per_rank=work.threads or plan.threads_per_rank)
+    check_comparable(plan, on_one_machine=True)
+    if work.max_steps is None:
+        raise SystemExit("the same batches are given for a number of steps: set max_steps")
+    return make_peer_work(
+        plan,
+        plan_tokens(plan),
+        folder,
+        warmup_steps=work.warmup_steps,
+        steps=work.max_steps - work.warmup_steps,
+    )
+
+
+def run_peer(
+    name: str, work: Work, folder: Path, told: Mapping[str, Any] | None = None
+) -> Measurement:
     """`folder` takes the files of this run; its parent keeps the peer's tokens between runs."""
     environment = {
         "HF_HUB_OFFLINE": "1",
@@ -91,8 +130,8 @@ def run_peer(work: Work, folder: Path) -> Measurement:
     }
     try:
         run = run_program(
-            "hf",
-            _peer_work(work),
+            name,
+            {**(told or _peer_work(work)), "started_at": time.time()},
             ranks=work.ranks,
             folder=folder,
             timeout_seconds=_TIMEOUT_SECONDS,
@@ -191,16 +230,26 @@ def _peer_work(work: Work) -> dict[str, Any]:
         "precision": work.precision or "fp32",
         "seed": work.seed,
         "threads": _peer_threads(work),
-        "started_at": time.time(),
+        "group_by_length": work.group_by_length,
     }
 
 
 def _our_command(work: Work, out: Path, *, cache: Path) -> list[str]:
-    command = [work.python, "-m", "ftlaunch.launcher"]
-    command += ["--nodes", str(work.ranks), "--model", str(work.model)]
-    command += ["--dataset", str(work.data), "-o", str(out), "--strategy", work.strategy]
+    flags, overrides = _our_settings(work, cache=cache)
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return [work.python, "-m", "ftlaunch.launcher", *words, "-o", str(out), *overrides]
+
+
+def _our_settings(work: Work, *, cache: Path) -> tuple[dict[str, Any], list[str]]:
+    """The flags and the settings of `ftlaunch`."""
+    flags: dict[str, Any] = {
+        "nodes": work.ranks,
+        "model": str(work.model),
+        "dataset": str(work.data),
+        "strategy": work.strategy,
+    }
     if work.precision is not None:
-        command += ["--precision", work.precision]
+        flags["precision"] = work.precision
     settings: dict[str, object] = {
         "data.max_length": work.max_length,
         "data.cache_dir": cache,
@@ -213,9 +262,11 @@ def _our_command(work: Work, out: Path, *, cache: Path) -> list[str]:
         settings["train.max_steps"] = work.max_steps
     if work.micro_batch is not None:
         settings["train.per_device_train_batch_size"] = work.micro_batch
+        # So many rows and no other bound.
+        settings["train.max_tokens_per_micro_batch"] = 0
     if not work.evaluate:
         settings["train.eval_strategy"] = "no"
-    return command + [f"{key}={value}" for key, value in settings.items()]
+    return flags, [f"{key}={value}" for key, value in settings.items()]
 
 
 def _thread_limit(threads: int | None) -> dict[str, str]:

@@ -8,6 +8,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     set_seed,
@@ -19,28 +20,32 @@ _CLASSES = {
     "sequence-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
     "causal-lm": AutoModelForCausalLM,
+    "masked-lm": AutoModelForMaskedLM,
 }
 
 
 def load_model(work: Work, rows: Any) -> Any:
     """In training mode on the CPU, the same on every rank. `rows` tell how many classes there are."""
     set_seed(work.seed)
-    settings: dict[str, Any] = {}
-    if work.head != "causal-lm":
+    settings: dict[str, Any] = {"trust_remote_code": work.trust_remote_code}
+    source = {"revision": work.revision} if work.revision is not None else {}
+    if work.head in ("sequence-classification", "token-classification"):
         settings["num_labels"] = work.num_labels or len(set(rows["labels"]))
-    config = AutoConfig.from_pretrained(work.model, **settings)
+    config = AutoConfig.from_pretrained(work.model, **source, **settings)
     if work.dropout is not None:
         for name, value in vars(config).items():
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, work.dropout)
     if work.head == "causal-lm":
         config.use_cache = False
-    chosen: dict[str, Any] = {"attn_implementation": work.attention} if work.attention else {}
+    chosen: dict[str, Any] = {"trust_remote_code": work.trust_remote_code, "dtype": torch.float32}
+    if work.attention is not None:
+        chosen["attn_implementation"] = work.attention
     auto = _CLASSES[work.head]
     if work.random_weights:
-        model = auto.from_config(config, dtype=torch.float32, **chosen)
+        model = auto.from_config(config, **chosen)
     else:
-        model = auto.from_pretrained(work.model, config=config, dtype=torch.float32, **chosen)
+        model = auto.from_pretrained(work.model, config=config, **source, **chosen)
     if work.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()

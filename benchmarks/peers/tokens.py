@@ -5,8 +5,9 @@ A file of tokens holds the tensors
     offsets          (rows + 1,) int64: row i has the tokens from offsets[i] to offsets[i + 1]
     input_ids        (tokens,) int32
     token_type_ids   (tokens,) int32, where the tokenizer has them
-    labels           (rows,) int64 or float32; or (tokens,) int64, -100 where there is none, as
-                     transformers counts them: the label of a token is the token itself
+    labels           (rows,) int64 or float32; (rows, outputs) float32; or (tokens,) int64, -100 where
+                     there is none, as transformers counts them: the label of a token is its own, of a
+                     causal model too
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def _padding_collate(work: Work) -> Collate:
         batch = {}
         for name in rows[0]:
             values = [row[name] for row in rows]
-            if values[0].dim() == 0:
+            if len(values[0].shape) == 0 or values[0].is_floating_point():
                 batch[name] = torch.stack(values)
                 continue
             batch[name] = torch.full((len(rows), length), fillers[name], dtype=torch.int64)

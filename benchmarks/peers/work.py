@@ -52,12 +52,14 @@ class Work:
     """
 
     model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
     tokens: str | None = None
     rows: str | None = None
     eval_rows: str | None = None
     text_columns: tuple[str, ...] = ("text",)
     label_column: str = "label"
-    head: Literal["sequence-classification", "token-classification", "causal-lm"] = (
+    head: Literal["sequence-classification", "token-classification", "causal-lm", "masked-lm"] = (
         "sequence-classification"
     )
     num_labels: int | None = None

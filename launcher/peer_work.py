@@ -1,0 +1,133 @@
+"""What a peer is told to do so that it does what a plan does: WORK.json, the same samples, the same batches.
+
+Its settings are described in `benchmarks/peers/work.py`. Knows plans and tokens; starts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ftlaunch.cluster.errors import UserError
+from ftlaunch.launcher.plan import LaunchPlan
+from ftlaunch.strategies.adapter import adapter_folder, with_tokenizer
+from ftlaunch.strategies.data.dealing import deal
+from ftlaunch.strategies.data.sample_file import write_samples
+from ftlaunch.strategies.data.sample_order import SampleOrder
+from ftlaunch.strategies.data.token_cache import Tokens, prepare_tokens
+from ftlaunch.strategies.data.tokenizer import TokenizerSource
+from ftlaunch.strategies.job_data import make_collator
+from ftlaunch.strategies.model_config import max_length_of, read_model_config
+from ftlaunch.strategies.registry import entry
+from ftlaunch.strategies.schedule import make_schedule
+
+
+def check_comparable(plan: LaunchPlan, *, on_one_machine: bool) -> None:
+    """UserError for a job that no peer can do as the plan does it."""
+    options = plan.options
+    why = None
+    if entry(plan.strategy).package == "mindspore":
+        why = f"the strategy is {plan.strategy}, and the peers are torch's"
+    elif plan.accelerator not in ("cpu", "cuda"):
+        why = f"the accelerator is {plan.accelerator}, which the peers are not written for"
+    elif not on_one_machine:
+        why = "the job is on several machines, and the peers are started on this one alone"
+    elif options.lora.r is not None or adapter_folder(options.model) is not None:
+        why = "an adapter is trained, and the peers train the whole model"
+    elif options.model.freeze:
+        why = "model.freeze is set, and the peers train the whole model"
+    elif options.deepspeed.offload == "cpu" or options.deepspeed.config is not None:
+        why = (
+            "deepspeed.offload or deepspeed.config is set, and the peers have DeepSpeed's defaults"
+        )
+    if why is not None:
+        raise UserError(f"--compare cannot be done: {why}. Leave out one of the two.")
+
+
+def plan_tokens(plan: LaunchPlan) -> Tokens:
+    """The tokens of a plan, which are made where no run of ours has left them in the cache."""
+    options = plan.options
+    own, model = options.model.tokenizer, with_tokenizer(options.model)
+    return prepare_tokens(
+        options.task,
+        options.data,
+        TokenizerSource(
+            name_or_path=own or str(model.name_or_path),
+            revision=None if own else model.revision,
+            trust_remote_code=options.model.trust_remote_code,
+        ),
+        seed=options.train.seed,
+        model_max_length=max_length_of(read_model_config(options.model)),
+    )
+
+
+def make_peer_work(
+    plan: LaunchPlan, tokens: Tokens, folder: Path, *, warmup_steps: int, steps: int
+) -> dict[str, Any]:
+    """What all peers are told; the samples are written into `folder`.
+
+    Peers are given our global batches, dealt by length into equally many samples: what a plan
+    without a bound in tokens computes, micro-batch for micro-batch. A peer knows no such bound, and
+    most have the same number of micro-batches in every step. There must be enough samples for one
+    global batch.
+
+    steps   those that are measured
+    """
+    options, train = plan.options, plan.options.train
+    total = warmup_steps + steps
+    # Without what an epoch has left at its end: every step has a whole global batch.
+    order = SampleOrder(
+        num_samples=len(tokens.train) // plan.global_batch_size * plan.global_batch_size,
+        global_batch_size=plan.global_batch_size,
+        seed=train.seed,
+    )
+    dealt = []
+    for step in range(total):
+        indices = order.global_batch(step)
+        lengths = tokens.train.lengths(indices)
+        runs = deal(indices, lengths, world_size=plan.world_size, micro_batch=plan.micro_batch)
+        dealt.append([[run.tolist() for run in share] for share in runs])
+    numbers = sorted({n for step in dealt for share in step for run in share for n in run})
+    batches = make_collator(options, tokens, tokens.train, class_weights=None)
+    file = folder / "samples.safetensors"
+    write_samples(file, batches, numbers, labels_are_next=tokens.spec.head == "causal-lm")
+    place = {number: i for i, number in enumerate(numbers)}
+    return {
+        "model": options.model.name_or_path,
+        "revision": options.model.revision,
+        "trust_remote_code": options.model.trust_remote_code,
+        "head": tokens.spec.head,
+        "num_labels": tokens.spec.num_outputs or None,
+        "random_weights": options.model.random_weights,
+        "dropout": options.model.dropout,
+        "attention": options.model.attn_implementation,
+        "gradient_checkpointing": options.model.gradient_checkpointing,
+        "tokens": str(file),
+        "pad_token_id": tokens.pad_token_id,
+        "max_length": tokens.max_length,
+        "order": _renumbered(dealt, place),
+        "micro_batch": plan.micro_batch,
+        "accumulation": len(dealt[0][0]),
+        "precision": plan.precision,
+        "device": plan.accelerator,
+        "steps": total,
+        "warmup_steps": warmup_steps,
+        "threads": plan.threads_per_rank,
+        "seed": train.seed,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.lr_scheduler_type,
+        "lr_warmup_steps": make_schedule(train, total).warmup_steps,
+        "weight_decay": train.weight_decay,
+        "adam_beta1": train.adam_beta1,
+        "adam_beta2": train.adam_beta2,
+        "adam_epsilon": train.adam_epsilon,
+        "max_grad_norm": train.max_grad_norm,
+        "zero_stage": entry(plan.strategy).zero_stage or 0,
+    }
+
+
+def _renumbered(
+    dealt: Sequence[Sequence[Sequence[Sequence[int]]]], place: dict[int, int]
+) -> list[list[list[list[int]]]]:
+    return [[[[place[n] for n in run] for run in share] for share in step] for step in dealt]

@@ -1,0 +1,257 @@
+"""What the peers are told: the samples, the division and the settings of a plan."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ftlaunch.cluster.errors import JobError, UserError
+from ftlaunch.cluster.machine import detect_machine
+from ftlaunch.launcher import bench_peers
+from ftlaunch.launcher.bench_peers import PEERS, check_peer, run_program
+from ftlaunch.launcher.config import load_config
+from ftlaunch.launcher.peer_work import check_comparable, make_peer_work, plan_tokens
+from ftlaunch.launcher.plan import make_plan
+from ftlaunch.launcher.site import find_site
+from ftlaunch.peers import work as peers_work
+from ftlaunch.strategies.data.sample_file import write_samples
+from ftlaunch.strategies.data.token_batches import TokenCollator
+from ftlaunch.strategies.data.token_samples import TokenSample
+from ftlaunch.strategies.job_data import make_collator
+from ftlaunch.strategies.loop import Windows
+from tests.jobs import ftlaunch, metrics_of, processes_of, said, write_data, write_model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("input")
+    return write_model(root / "model"), write_data(root / "data")
+
+
+def plan_of(folders, *overrides, nodes=2, **flags):
+    model, data = folders
+    return plan_of_settings(
+        {"model": str(model), "dataset": str(data), "nodes": nodes, **flags},
+        ("train.global_batch_size=12", "model.random_weights=true", *overrides),
+    )
+
+
+def plan_of_settings(flags, overrides):
+    config = load_config(file=None, flags=flags, overrides=overrides)
+    machines = [detect_machine(os.environ)] * flags["nodes"]
+    return make_plan(config, machines, find_site(config.cluster, {}), output_dir="/")
+
+
+# -- the same work ------------------------------------------------------------------------------
+
+
+def test_the_batches_are_those_of_the_plan(folders, tmp_path):
+    plan = plan_of(
+        folders,
+        "train.per_device_train_batch_size=3",
+        "train.max_tokens_per_micro_batch=0",
+        precision="fp32",
+    )
+    tokens = plan_tokens(plan)
+    work = make_peer_work(plan, tokens, tmp_path, warmup_steps=1, steps=4)
+    told = peers_work.Work(**work)  # every setting is one that the peers know
+    assert (told.steps, told.warmup_steps, told.accumulation) == (5, 1, 2)
+    rows, order = load_file(str(told.tokens)), told.order or ()
+    collator = make_collator(plan.options, tokens, tokens.train, class_weights=None)
+    for rank in range(2):
+        windows = Windows(
+            # 240 samples, of which global batches of 12 leave nothing.
+            order=peer_order(240, 12, plan.options.train.seed),
+            collator=collator,
+            rank=rank,
+            world_size=2,
+            micro_batch=plan.micro_batch,
+        )
+        for step in range(5):
+            window = windows.window(step)
+            for (batch, _), samples in zip(windows.batches(window), order[step][rank], strict=True):
+                for row, sample in enumerate(samples):
+                    begin, end = rows["offsets"][sample : sample + 2]
+                    ids = batch.inputs["input_ids"][row]
+                    assert ids[batch.inputs["attention_mask"][row] == 1].tolist() == (
+                        rows["input_ids"][begin:end].tolist()
+                    )
+                    assert rows["labels"][sample] == batch.labels[row]
+
+
+def peer_order(num_samples, size, seed):
+    from ftlaunch.strategies.data.sample_order import SampleOrder
+
+    return SampleOrder(num_samples=num_samples, global_batch_size=size, seed=seed)
+
+
+def test_settings_go_along(folders, tmp_path):
+    plan = plan_of(
+        folders,
+        "train.learning_rate=3e-4",
+        "train.weight_decay=0.1",
+        "train.warmup_steps=0.5",
+        "train.lr_scheduler_type=cosine",
+        "model.dropout=0.2",
+        precision="bf16",
+        strategy="zero2",
+    )
+    work = make_peer_work(plan, plan_tokens(plan), tmp_path, warmup_steps=0, steps=4)
+    told = peers_work.Work(**work)
+    assert (told.learning_rate, told.weight_decay, told.dropout) == (3e-4, 0.1, 0.2)
+    # Half of 4 steps.
+    assert (told.lr_scheduler_type, told.lr_warmup_steps) == ("cosine", 2)
+    assert (told.precision, told.zero_stage, told.device) == ("bf16", 2, plan.accelerator)
+    assert (told.num_labels, told.threads) == (2, plan.threads_per_rank)
+
+
+def test_labels_of_a_causal_model_are_the_tokens_own(tmp_path):
+    """Ours say what comes next; transformers shifts labels itself. 9 is what follows 8, and so on."""
+    sample = TokenSample(
+        input_ids=np.array([7, 8, 9]), token_type_ids=None, labels=np.array([-100, 9, 2])
+    )
+    for shifted, labels in ((True, [-100, -100, 9]), (False, [-100, 9, 2])):
+        file = tmp_path / f"{shifted}.safetensors"
+        write_samples(file, collator_of(sample), [0], labels_are_next=shifted)
+        assert load_file(file)["labels"].tolist() == labels
+
+
+def collator_of(*samples) -> Any:
+    class Rows:
+        def samples(self, numbers):
+            return [samples[number] for number in numbers]
+
+    class Spec:
+        drawn = False
+
+    parts: dict[str, Any] = {"table": Rows(), "task": None, "spec": Spec()}
+    return TokenCollator(**parts, pad_token_id=0, seed=1)
+
+
+def test_rows_of_several_samples_are_refused(tmp_path):
+    packed = TokenSample(
+        input_ids=np.arange(4), token_type_ids=None, labels=np.arange(4), parts=(2, 2)
+    )
+    with pytest.raises(UserError, match="the peers do not have"):
+        write_samples(tmp_path / "x", collator_of(packed), [0], labels_are_next=True)
+    assert not (tmp_path / "x").exists()
+
+
+_LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "num_key_value_heads": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("task", ["text-classification", "causal-lm"])
+def test_a_peer_told_by_a_plan_has_the_losses_of_its_job(tmp_path, task):
+    """One rank and one micro-batch: there a mean over the micro-batch is the mean over the step."""
+    causal = task == "causal-lm"
+    model = write_model(tmp_path / "model", **(_LLAMA if causal else {}))
+    save_weights(model, causal)
+    data = write_data(tmp_path / "data")
+    settings = [
+        "train.global_batch_size=12",
+        "train.per_device_train_batch_size=12",
+        "train.max_steps=4",
+        "train.learning_rate=1e-3",
+        "train.eval_strategy=no",
+        "model.dropout=0.0",
+    ]
+    flags = {"model": str(model), "dataset": str(data), "nodes": 1, "precision": "fp32"}
+    flags["task"] = task
+    out = tmp_path / "out"
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    job = ftlaunch(*words, "-o", out, *settings)
+    assert job.returncode == 0, said(job)
+    expected = np.array([line["loss"] for line in metrics_of(out) if "loss" in line])
+    assert len(expected) == 4
+    plan = plan_of_settings(flags, settings)
+    work = make_peer_work(plan, plan_tokens(plan), tmp_path, warmup_steps=0, steps=4)
+    run = run_program("torchrun", work, ranks=1, folder=tmp_path / "peer", timeout_seconds=180)
+    assert np.abs(np.array(run.result["losses"]) / expected - 1).max() < 1e-5
+
+
+def save_weights(folder, causal):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    torch.manual_seed(5)
+    config = AutoConfig.from_pretrained(folder)
+    kind = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    kind.from_config(config).save_pretrained(folder)
+
+
+# -- what cannot be compared --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"strategy": "mindspore"}, "mindspore"),
+        ({"accelerator": "ascend"}, "ascend"),
+        ({"lora.r": 4}, "adapter"),
+        ({"model.freeze": ("embeddings",)}, "model.freeze"),
+        ({"deepspeed.offload": "cpu"}, "offload"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_job_that_no_peer_can_do(folders, change, word):
+    [(key, value)] = change.items()
+    plan = plan_of(folders)
+    part, _, name = key.partition(".")
+    if name:
+        options = getattr(plan.options, part)
+        value = replace(plan.options, **{part: replace(options, **{name: value})})
+        part = "options"
+    with pytest.raises(UserError, match=word):
+        check_comparable(replace(plan, **{part: value}), on_one_machine=True)
+
+
+def test_several_machines_cannot_be_compared(folders):
+    check_comparable(plan_of(folders), on_one_machine=True)
+    with pytest.raises(UserError, match="several machines"):
+        check_comparable(plan_of(folders), on_one_machine=False)
+
+
+def test_a_peer_that_does_not_exist():
+    with pytest.raises(UserError, match="hf, accelerate, torchrun, deepspeed"):
+        check_peer("lightning")
+
+
+def test_a_peer_whose_package_is_missing(monkeypatch):
+    monkeypatch.setattr(bench_peers, "find_spec", lambda name: None if name == "deepspeed" else 1)
+    check_peer("hf")
+    with pytest.raises(UserError, match="pip install deepspeed"):
+        check_peer("deepspeed")
+
+
+def test_the_launcher_knows_all_peers():
+    assert tuple(PEERS) == peers_work.PEERS
+
+
+# -- processes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_a_peer_that_fails_is_told_with_its_words(tmp_path):
+    with pytest.raises(JobError, match="no such model") as caught:
+        work = {"model": "no such model", "rows": "x", "micro_batch": 1, "steps": 1}
+        run_program("torchrun", work, ranks=1, folder=tmp_path / "peer", timeout_seconds=120)
+    assert str(tmp_path / "peer" / "log.txt") in str(caught.value)
+
+
+def test_a_peer_that_takes_too_long_is_ended_with_its_ranks(tmp_path):
+    work = {"model": "x", "rows": "x", "micro_batch": 1, "steps": 1}
+    with pytest.raises(JobError, match="more than 3 s"):
+        run_program("hf", work, ranks=2, folder=tmp_path / "peer", timeout_seconds=3)
+    assert not processes_of(tmp_path / "peer")
