@@ -50,6 +50,7 @@ from ftlaunch.cluster.linux import (
     process_table,
 )
 from ftlaunch.cluster.process_tree import end_families, end_processes
+from ftlaunch.cluster.rank_pipe import PRELOAD_VARIABLE
 from ftlaunch.cluster.rank_process import become_rank
 from ftlaunch.cluster.signals import ANNOUNCEMENTS
 
@@ -105,6 +106,7 @@ class ForkServer:
         fail for another reason: then every rank becomes a fresh interpreter.
         """
         # Objects that live for ever are not worth looking at, and looking would copy their pages.
+        started = time.monotonic()
         gc.disable()
         with self._looking_up():
             for module in modules:
@@ -117,6 +119,8 @@ class ForkServer:
         gc.collect()
         gc.freeze()
         gc.enable()
+        if modules and self._method == "fork":
+            os.environ[PRELOAD_VARIABLE] = f"{time.monotonic() - started:.4f}"
         threads = len(list(Path("/proc/self/task").iterdir()))
         if threads > 1:
             print(f"{threads} threads run before the first fork", file=sys.stderr)

@@ -15,6 +15,8 @@ from typing import Any
 MAX_TRACEBACK_CHARS = 4000
 EVENT_FD_VARIABLE = "FTLAUNCH_EVENT_FD"
 LISTEN_FD_VARIABLE = "FTLAUNCH_LISTEN_FD"
+# Seconds that the fork server has imported, for a rank that was forked with what it has imported.
+PRELOAD_VARIABLE = "FTLAUNCH_PRELOAD_SECONDS"
 
 _NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory"
@@ -53,13 +55,16 @@ def ending_payload(code: int) -> dict[str, Any]:
 class RankPipe:
     """A rank's end of the pipe to its agent. Writes nowhere when there is no agent."""
 
-    def __init__(self, descriptor: int | None) -> None:
+    def __init__(self, descriptor: int | None, *, preload_seconds: float = 0.0) -> None:
+        """preload_seconds   that the fork server had imported before this rank was forked from it"""
         self._descriptor = descriptor
+        self.preload_seconds = preload_seconds
 
     @classmethod
     def from_environment(cls) -> RankPipe:
         value = os.environ.pop(EVENT_FD_VARIABLE, None)
-        return cls(int(value) if value is not None else None)
+        preload_seconds = float(os.environ.pop(PRELOAD_VARIABLE, "0"))
+        return cls(int(value) if value is not None else None, preload_seconds=preload_seconds)
 
     def send(self, payload: Mapping[str, Any]) -> None:
         """Blocks while the pipe is full. An agent that is gone kills us; nothing to handle here."""

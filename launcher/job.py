@@ -38,6 +38,7 @@ from ftlaunch.launcher.rehearsal import Rehearsal, check_faults, check_site
 from ftlaunch.launcher.report import write_report
 from ftlaunch.launcher.restarts import Restart, RestartPolicy
 from ftlaunch.launcher.site import Site, find_site, orders_for, ways_to
+from ftlaunch.launcher.startup import StartupClock
 from ftlaunch.strategies.adapter import adapter_folder
 from ftlaunch.strategies.checkpoint.manifest import write_json
 from ftlaunch.strategies.data.demo import write_demo
@@ -49,6 +50,7 @@ from ftlaunch.strategies.progress import (
     Phase,
     Resumed,
     Saved,
+    Startup,
     StepDone,
     from_dict,
 )
@@ -64,6 +66,7 @@ class _Record:
     """What the coordinator learns while the ranks work."""
 
     started: float
+    startup: StartupClock
     first_step_at: float | None = None
     data_seconds: float | None = None
     finished: Finished | None = None
@@ -195,7 +198,9 @@ class _Job:
         self._machine = machine
         self._rehearsal = rehearsal
         self._stop_signal: str | None = None
-        self._record = _Record(started=timeline.started)
+        self._record = _Record(
+            started=timeline.started, startup=StartupClock(opened=timeline.started)
+        )
         self._policy = RestartPolicy(max_restarts=config.cluster.max_restarts)
 
     def run(self) -> int:
@@ -312,6 +317,7 @@ class _Job:
         self._allow(coordinator, "data")
         self._timeline.add(f"{plan.world_size} ranks start")
         coordinator.on_tick = lambda: self._rehearsal.tick(coordinator, self._timeline)
+        self._record.startup.ask()
         timeout = plan.cluster.collective_timeout_seconds
         with hccl_variables(
             self._machine,
@@ -351,6 +357,9 @@ class _Job:
             return
         record = self._record
         if isinstance(message, Alive):
+            return
+        if isinstance(message, Startup):
+            record.startup.hear(message)
             return
         if isinstance(message, Phase):
             self._allow(coordinator, message.name)
@@ -469,6 +478,7 @@ class _Job:
             "overflow_steps": totals.overflow_steps,
             "restarts": totals.restarts,
             "startup_seconds": None if first is None else first - record.started,
+            "startup": record.startup.to_json(),
             "data_seconds": record.data_seconds,
             "train_seconds": totals.train_seconds,
             "samples_per_second": totals.samples_per_second,

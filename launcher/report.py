@@ -25,6 +25,7 @@ MAX_EVENT_ROWS = 300
 MAX_TEXT = 2_000
 MAX_TRACEBACK = 50_000
 MAX_CONFIG = 200_000
+MAX_PARTS = 20
 
 Table = Mapping[str, Any]
 
@@ -63,6 +64,7 @@ def render(run: Run) -> str:
         _verdict(run.summary),
         _tiles(run),
         _plots(run),
+        _startup(run.summary),
         _plan(run.plan),
         _hosts(run.plan),
         _events(run.events),
@@ -179,6 +181,30 @@ def _setup_facts(run: Run) -> list[str]:
 def _plots(run: Run) -> str:
     figures = "".join(figure(plot) for plot in plots(run.curves, run.events))
     return f'<h2>Curves</h2><section class="plots">{figures}</section>' if figures else ""
+
+
+def _startup(summary: Table) -> str:
+    told = summary.get("startup")
+    parts = told.get("parts") if isinstance(told, Mapping) else None
+    rows = [
+        _row(
+            ("name", part.get("name")),
+            ("number", f"{_amount(part, 'seconds'):.3f}"),
+            ("why", part.get("measured_by")),
+        )
+        for part in (parts[:MAX_PARTS] if isinstance(parts, list) else ())
+        if isinstance(part, Mapping)
+    ]
+    if not rows or not isinstance(told, Mapping):
+        return ""
+    preloaded = _amount(told, "preload_seconds")
+    if preloaded:
+        beside = ("why", "fork server, beside the first three")
+        rows.append(_row(("name", "imports"), ("number", f"({preloaded:.3f})"), beside))
+    rows.append(
+        _row(("name", "in all"), ("number", f"{_amount(told, 'total_seconds'):.3f}"), ("", ""))
+    )
+    return _table("Start-up", ("Until the first step", "#Seconds", "Measured by"), rows)
 
 
 def _plan(plan: Table) -> str:

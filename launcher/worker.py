@@ -27,6 +27,7 @@ from ftlaunch.cluster.stacks import answer_stack_signal
 from ftlaunch.cluster.world import World
 from ftlaunch.launcher.plan import LaunchPlan
 from ftlaunch.strategies.progress import Progress, to_dict
+from ftlaunch.strategies.startup import Stages
 
 
 class StopFlag:
@@ -79,6 +80,7 @@ def main() -> int:
 
 
 def _run(pipe: RankPipe, plan_path: Path) -> int:
+    stages = Stages("imports")
     stop = StopFlag()
     plan = LaunchPlan.read(plan_path)
     world = World.from_environment(os.environ)
@@ -111,6 +113,8 @@ def _run(pipe: RankPipe, plan_path: Path) -> int:
             timeout_seconds=plan.cluster.collective_timeout_seconds,
             world=world,
             listen_fd=int(listen_fd) if listen_fd is not None else None,
+            stages=stages,
+            preload_seconds=pipe.preload_seconds,
         ),
         emit=emit,
         stop=stop,

@@ -6,7 +6,7 @@ numpy is the only array library known here; torch and mindspore begin behind `St
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ftlaunch.cluster.world import World
 from ftlaunch.strategies.options import JobOptions, Precision
+from ftlaunch.strategies.startup import Stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,7 @@ class StrategyRequest:
     num_outputs   width of the logits; 0 for the model's vocabulary
     label_names   in the order of their ids; empty for regression and for tokens of the vocabulary
     trained_head  the head must come from the model's own weights: there will be no training
+    stages        told what is done when, for whoever wants to know where a start spends its time
     """
 
     world: World
@@ -82,6 +84,7 @@ class StrategyRequest:
     pad_token_id: int
     trained_head: bool = False
     head: str = "sequence-classification"
+    stages: Stages = field(default_factory=Stages)
 
     @property
     def packs_samples(self) -> bool:

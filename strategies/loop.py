@@ -129,11 +129,16 @@ def train(
     total_steps: int,
     stop_requested: Callable[[], bool],
     saving: Callable[[], float] = lambda: 0.0,
+    ready_to_begin: Callable[[], None] = lambda: None,
     after_step: Callable[[StepReport], bool],
 ) -> None:
-    """Collective: train from `cursor` to `total_steps`, or until `after_step` says to end."""
+    """Collective: train from `cursor` to `total_steps`, or until `after_step` says to end.
+
+    ready_to_begin   called once, when the first micro-batch is there
+    """
     stream = windows.stream(cursor.step, total_steps)
     ready = next(stream, None)
+    ready_to_begin()
     while ready is not None:
         started = time.perf_counter()
         last = False

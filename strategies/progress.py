@@ -62,6 +62,19 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Startup:
+    """The first step of an attempt is done. Sent by rank 0 before that step's `StepDone`.
+
+    seconds           of each of its stages (`startup.Stage`), which follow one another
+    preload_seconds   what its fork server has spent on imports before it; 0 where it imports itself
+    """
+
+    kind: ClassVar[str] = "startup"
+    seconds: Mapping[str, float]
+    preload_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
     """Evaluation after `step`; `metrics` holds "loss" and the task's metrics."""
 
@@ -157,7 +170,17 @@ class Finished:
 
 
 Progress = (
-    DataReady | Resumed | StepDone | Evaluated | Saved | Note | Phase | Alive | Measured | Finished
+    DataReady
+    | Resumed
+    | StepDone
+    | Startup
+    | Evaluated
+    | Saved
+    | Note
+    | Phase
+    | Alive
+    | Measured
+    | Finished
 )
 _KINDS: dict[str, type[Any]] = {cls.kind: cls for cls in get_args(Progress)}
 

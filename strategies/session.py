@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -50,6 +50,7 @@ from ftlaunch.strategies.progress import (
     Phase,
     Progress,
 )
+from ftlaunch.strategies.startup import Stages
 from ftlaunch.strategies.token_evaluation import TokenEvaluator, choose_metrics
 from ftlaunch.strategies.training import RunSettings, TrainingRun
 
@@ -69,6 +70,8 @@ class SessionRequest:
     """What a rank needs to know.
 
     micro_batch, max_tokens   samples and padded tokens that are computed at once, at most: `dealing`
+    stages            of its start, the first of which is "imports"
+    preload_seconds   what its fork server has spent on imports before it was forked
     """
 
     options: JobOptions
@@ -85,11 +88,14 @@ class SessionRequest:
     listen_fd: int | None
     max_tokens: int | None = None
     eval_max_tokens: int | None = None
+    stages: Stages = field(default_factory=Stages)
+    preload_seconds: float = 0.0
 
 
 def train(request: SessionRequest, *, emit: Callable[[Progress], None], stop: Stop) -> bool:
     """Collective: train the job; True when it was stopped before its end."""
     started = time.perf_counter()
+    request.stages.begin("tokens")
     options = request.options
     say = emit if request.world.is_main else lambda message: None
     alive = signs_of_life(emit)
@@ -108,6 +114,7 @@ def train(request: SessionRequest, *, emit: Callable[[Progress], None], stop: St
     if request.world.is_main:
         emit(_data_ready(request, tokens, started))
     say(Phase(name="model"))
+    request.stages.begin("model")
     strategy = create_strategy(request, tokens)
     settings = RunSettings(
         options=options,
@@ -128,6 +135,8 @@ def train(request: SessionRequest, *, emit: Callable[[Progress], None], stop: St
         emit=emit,
         alive=alive,
         stop_requested=stop.requested,
+        stages=request.stages,
+        preload_seconds=request.preload_seconds,
     )
     finished = run.run()
     say(finished)
@@ -345,4 +354,5 @@ def strategy_request(
         pad_token_id=tokens.pad_token_id,
         trained_head=trained_head,
         head=tokens.spec.head,
+        stages=request.stages,
     )

@@ -47,9 +47,11 @@ from ftlaunch.strategies.progress import (
     Progress,
     Resumed,
     Saved,
+    Startup,
     StepDone,
 )
 from ftlaunch.strategies.schedule import make_schedule
+from ftlaunch.strategies.startup import Stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +81,12 @@ class TrainingRun:
         emit: Callable[[Progress], None],
         alive: Callable[[], None] = lambda: None,
         stop_requested: Callable[[], bool],
+        stages: Stages | None = None,
+        preload_seconds: float = 0.0,
     ) -> None:
+        """stages            of the start, which goes on here; None: nobody asks
+        preload_seconds   what is told with them
+        """
         options = settings.options
         self._settings = settings
         self._strategy = strategy
@@ -87,6 +94,9 @@ class TrainingRun:
         self._evaluator = evaluator
         self._emit = emit if strategy.world.is_main else _say_nothing
         self._stop_requested = stop_requested
+        self._stages = stages or Stages("resuming")
+        self._is_starting = True
+        self._preload_seconds = preload_seconds
         self._windows = Windows(
             order=sample_order(options, tokens),
             collator=make_collator(
@@ -128,8 +138,10 @@ class TrainingRun:
 
     def run(self) -> Finished:
         """Collective: train to the end or to a stop; the job's last message."""
+        self._stages.begin("resuming")
         self._resume()
         self._emit(Phase(name="train"))
+        self._stages.begin("first batch")
         started = time.perf_counter()
         if not self._best.exhausted:
             train(
@@ -140,6 +152,7 @@ class TrainingRun:
                 total_steps=self._total_steps,
                 stop_requested=self._stop_requested,
                 saving=self._saver.say,
+                ready_to_begin=lambda: self._stages.begin("first step"),
                 after_step=self._after_step,
             )
         seconds = time.perf_counter() - started
@@ -159,6 +172,8 @@ class TrainingRun:
 
     def _after_step(self, report: StepReport) -> bool:
         """True to leave the loop."""
+        if self._is_starting:
+            self._tell_startup()
         self._report(report)
         self._saver.hear(report.outcome.saving)
         self._count_skips(report)
@@ -173,6 +188,11 @@ class TrainingRun:
         if stop:
             self._ended_by = "stop"
         return stop or end
+
+    def _tell_startup(self) -> None:
+        self._is_starting = False
+        self._stages.stop()
+        self._emit(Startup(seconds=self._stages.seconds, preload_seconds=self._preload_seconds))
 
     def _evaluation_due(self) -> bool:
         train_options = self._settings.options.train

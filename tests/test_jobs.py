@@ -70,6 +70,7 @@ SUMMARY_KEYS = {
     "overflow_steps",
     "restarts",
     "startup_seconds",
+    "startup",
     "train_seconds",
     "samples_per_second",
     "tokens_per_second",
@@ -94,6 +95,7 @@ class Done:
         self.out = inputs.folder / "undisturbed"
         self.first = ftlaunch(*inputs.command(self.out))
         self.left = processes_of(self.out)
+        self.startup = summary_of(self.out)["startup"]
         self.metrics = (self.out / "metrics.jsonl").read_bytes()
         self.weights = (self.out / "model" / "model.safetensors").read_bytes()
         self.checkpoints = contents(self.out / "checkpoints")
@@ -150,6 +152,22 @@ def test_the_summary(done):
     assert summary["peak_memory_bytes"] > 50e6
     assert {"loss", "accuracy"} <= set(summary["eval"])
     assert summary["eval"]["accuracy"] > 0.9
+    # The same command again had no step left to do.
+    assert summary["startup"] is None
+
+
+def test_where_the_start_went(done):
+    parts = done.startup["parts"]
+    assert [part["name"] for part in parts] == [
+        *("command line", "agents and plan", "ranks begin"),
+        *("imports", "tokens", "model", "process group", "strategy"),
+        *("resuming", "first batch", "first step"),
+    ]
+    assert all(part["seconds"] >= 0 for part in parts)
+    # They follow one another: nothing is counted twice, nothing left out.
+    total = done.startup["total_seconds"]
+    assert math.isclose(sum(part["seconds"] for part in parts), total, abs_tol=0.01)
+    assert done.startup["preload_seconds"] > 0
 
 
 def test_the_plan_the_report_and_the_logs(done):

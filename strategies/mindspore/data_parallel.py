@@ -64,11 +64,18 @@ def create(request: StrategyRequest) -> MindSporeDataParallel:
         replace_missing_kernels()
     if request.accelerator == "ascend":
         # There it has to come before the first parameter.
+        request.stages.begin("process group")
         goodbye = join_group(request.world)
-        return MindSporeDataParallel(request, load_model(request), goodbye)
+        request.stages.begin("model")
+        model = load_model(request)
+        request.stages.begin("strategy")
+        return MindSporeDataParallel(request, model, goodbye)
     # The model first: a mistake in it is told before anyone waits for the others.
     named = load_model(request)
-    return MindSporeDataParallel(request, named, join_group(request.world))
+    request.stages.begin("process group")
+    goodbye = join_group(request.world)
+    request.stages.begin("strategy")
+    return MindSporeDataParallel(request, named, goodbye)
 
 
 class MindSporeDataParallel:

@@ -48,7 +48,9 @@ def create(request: StrategyRequest) -> TorchDataParallel:
     # The model first: a mistake in it is told before anyone waits for the others.
     model = load_model(request)
     if request.world.size > 1:
+        request.stages.begin("process group")
         join_process_group(request, device)
+    request.stages.begin("strategy")
     return TorchDataParallel(request, model.to(device), device)
 
 

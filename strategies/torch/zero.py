@@ -68,11 +68,13 @@ def _create(request: StrategyRequest, stage: int) -> TorchZero:
     # and one that is killed meanwhile leaves a lock on which every later rank waits for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     model = load_model(request, keep_file_dtype=stage == 3)
+    request.stages.begin("process group")
     # One rank has a group, too: DeepSpeed knows no other way.
     join_process_group(request, device)
     deepspeed.init_distributed(
         dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False
     )
+    request.stages.begin("strategy")
     config = make_deepspeed_config(
         request.options.deepspeed,
         request.options.train,
