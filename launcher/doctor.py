@@ -42,7 +42,7 @@ from ftlaunch.launcher.job import check_input, needed_paths
 from ftlaunch.launcher.npus import with_rank_table
 from ftlaunch.launcher.plan import LaunchPlan, make_plan
 from ftlaunch.launcher.site import Site, find_site, orders_for, ways_to
-from ftlaunch.strategies.data.tasks import load_task
+from ftlaunch.strategies.data.task_names import check_task
 from ftlaunch.strategies.model_config import family_of
 from ftlaunch.strategies.options import TrainOptions
 from ftlaunch.strategies.registry import entry
@@ -55,7 +55,7 @@ def doctor(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
     """0: a job would run; 1: it would fail. UserError for a mistake in what was asked."""
     file = Path(arguments.config) if arguments.config is not None else None
     config = load_config(file=file, flags=flags, overrides=arguments.overrides)
-    load_task(config.task)
+    check_task(config.task)
     if config.strategy != "auto":
         entry(config.strategy)
     site = find_site(config.cluster, os.environ)

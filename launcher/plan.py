@@ -18,7 +18,7 @@ from ftlaunch.launcher.config import ClusterOptions, RunConfig
 from ftlaunch.launcher.layout import HostPlan, Reason, describe, make_layout
 from ftlaunch.launcher.micro_batch import choose_micro_batch, explain_evaluation
 from ftlaunch.launcher.site import Site
-from ftlaunch.strategies.data.tasks import check_own_keys, load_task
+from ftlaunch.strategies.data.task_names import check_own_keys, check_task
 from ftlaunch.strategies.deepspeed_config import (
     Decided,
     check_deepspeed_config,
@@ -104,7 +104,7 @@ def make_plan(
     UserError when what was asked for cannot be done.
     """
     reasons: list[Reason] = []
-    load_task(config.task)
+    check_task(config.task)
     check_own_keys(config.task, config.data)
     if not config.is_demo:
         model, data = config.model.name_or_path, config.data.name_or_path

@@ -35,7 +35,7 @@ from ftlaunch.launcher.output_folder import (
 from ftlaunch.launcher.script_plan import Script, check_script
 from ftlaunch.launcher.slurm_options import signal_lead
 from ftlaunch.launcher.submission import Sealed, SubmittedJob
-from ftlaunch.strategies.data.tasks import load_task
+from ftlaunch.strategies.data.task_names import check_task
 from ftlaunch.strategies.hub import Fetched, fetch_data, fetch_model
 from ftlaunch.strategies.registry import entry
 
@@ -103,7 +103,7 @@ def _check(config: RunConfig, script: Script | None, folder: Path) -> None:
     if script is not None:
         check_script(script)
         return
-    load_task(config.task)
+    check_task(config.task)
     if config.strategy != "auto":
         entry(config.strategy)
     if config.train.global_batch_size < (cluster.nodes or 1):

@@ -185,7 +185,7 @@ class JobOptions:
 
     __pydantic_config__ = _STRICT
 
-    task: Annotated[str, "a key of strategies.data.tasks.TASKS"] = "text-classification"
+    task: Annotated[str, "a key of strategies.data.task_names.TASKS"] = "text-classification"
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     train: TrainOptions = field(default_factory=TrainOptions)

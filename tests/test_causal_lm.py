@@ -14,7 +14,8 @@ import pytest
 
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.data.packing import Blocks, pack
-from ftlaunch.strategies.data.tasks import TaskSpec, check_own_keys
+from ftlaunch.strategies.data.task_names import check_own_keys
+from ftlaunch.strategies.data.tasks import TaskSpec
 from ftlaunch.strategies.data.token_batches import TokenCollator
 from ftlaunch.strategies.data.token_cache import prepare_tokens
 from ftlaunch.strategies.data.token_outputs import TokenOutputs, perplexity, token_accuracy

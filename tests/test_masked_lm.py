@@ -15,7 +15,7 @@ from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.data.batches import EVALUATION_EPOCH
 from ftlaunch.strategies.data.masked_lm import MaskedLm
 from ftlaunch.strategies.data.masks import MaskRule, mask_tokens
-from ftlaunch.strategies.data.tasks import check_own_keys
+from ftlaunch.strategies.data.task_names import check_own_keys
 from ftlaunch.strategies.data.token_batches import TokenCollator, sample_generator
 from ftlaunch.strategies.options import DataOptions
 from tests.word_pieces import MASK, PIECES, Data, listed, write_tokenizer

@@ -14,7 +14,7 @@ from ftlaunch.launcher.config import load_config
 from ftlaunch.launcher.plan import LaunchPlan, make_plan
 from ftlaunch.launcher.ranks import rank_starts
 from ftlaunch.launcher.site import find_site
-from ftlaunch.strategies.data.tasks import TASKS
+from ftlaunch.strategies.data.task_names import TASKS
 from ftlaunch.strategies.mindspore_models import FAMILIES
 
 CPU = Machine(

@@ -8,7 +8,8 @@ import pytest
 
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.data.sources import Splits
-from ftlaunch.strategies.data.tasks import TASKS, TaskSpec, load_task
+from ftlaunch.strategies.data.task_names import TASKS
+from ftlaunch.strategies.data.tasks import TaskSpec, load_task
 from ftlaunch.strategies.data.text_classification import TextClassification
 from ftlaunch.strategies.options import DataOptions
 

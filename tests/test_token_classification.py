@@ -15,7 +15,8 @@ import pytest
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.data.entity_scores import are_entities, entity_scores
 from ftlaunch.strategies.data.sources import Splits
-from ftlaunch.strategies.data.tasks import ModelLabels, TaskSpec, check_own_keys
+from ftlaunch.strategies.data.task_names import check_own_keys
+from ftlaunch.strategies.data.tasks import ModelLabels, TaskSpec
 from ftlaunch.strategies.data.token_classification import TokenClassification
 from ftlaunch.strategies.data.token_outputs import TokenOutputs
 from ftlaunch.strategies.data.word_tags import join_words, label_tokens, words_of_spans

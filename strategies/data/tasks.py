@@ -1,11 +1,11 @@
 """What a task must say about data: columns, labels, loss, metrics. Each task is another file.
 
-A new task is one file with a class that fits `RowTask` or `TokenTask`, and one line in `TASKS`.
+A new task is one file with a class that fits `RowTask` or `TokenTask`, and one line in `TASKS`
+(`task_names`).
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ftlaunch.cluster.errors import UserError
+from ftlaunch.strategies.data.task_names import TASKS, check_task
 from ftlaunch.strategies.options import DataOptions
 
 if TYPE_CHECKING:
@@ -24,22 +24,6 @@ if TYPE_CHECKING:
     from ftlaunch.strategies.data.token_outputs import TokenMetric, TokenOutputs
     from ftlaunch.strategies.data.token_samples import TokenSample, TokenSamples
     from ftlaunch.strategies.data.token_table import TokenTable
-
-TASKS: dict[str, str] = {
-    "text-classification": "ftlaunch.strategies.data.text_classification:TextClassification",
-    "causal-lm": "ftlaunch.strategies.data.causal_lm:CausalLm",
-    "masked-lm": "ftlaunch.strategies.data.masked_lm:MaskedLm",
-    "token-classification": "ftlaunch.strategies.data.token_classification:TokenClassification",
-}
-# Keys of the data section that mean something to some tasks only.
-OWN_KEYS: dict[str, tuple[str, ...]] = {
-    "label_columns": ("text-classification",),
-    "packing": ("causal-lm",),
-    "long_samples": ("causal-lm", "masked-lm", "token-classification"),
-    "mlm_probability": ("masked-lm",),
-    "whole_word_masking": ("masked-lm",),
-}
-
 
 Problem = Literal["classification", "regression", "several-labels", "tokens"]
 ModelProblem = Literal["classification", "regression", "several-labels"]
@@ -256,24 +240,7 @@ class TokenTask(Task, Protocol):
 
 def load_task(name: str) -> Task:
     """UserError for a name that is not in `TASKS`."""
-    if name not in TASKS:
-        close = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.4)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UserError(
-            f"There is no task {name!r}: known are {', '.join(TASKS)}. "
-            f"Set task to one of them.{hint}"
-        )
+    check_task(name)
     module, _, attribute = TASKS[name].partition(":")
     task: Task = getattr(importlib.import_module(module), attribute)()
     return task
-
-
-def check_own_keys(name: str, options: DataOptions) -> None:
-    """UserError for a key that is set and means nothing to the task."""
-    for key, tasks in OWN_KEYS.items():
-        default = next(each.default for each in fields(DataOptions) if each.name == key)
-        if name not in tasks and getattr(options, key) != default:
-            raise UserError(
-                f"data.{key} is set, and means nothing to the task {name}: it is for "
-                f"{', '.join(tasks)}. Leave it out."
-            )
