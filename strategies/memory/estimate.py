@@ -122,7 +122,7 @@ def estimate(request: MemoryRequest) -> MemoryEstimate:
         is_bound=not architecture.known,
         phases={
             "forward and backward": forward,
-            "optimizer": framework + held.on_device + buckets,
+            "optimizer": framework + held.on_device + held.stepping + buckets,
         },
     )
 

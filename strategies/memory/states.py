@@ -14,17 +14,24 @@ from ftlaunch.strategies.memory.architecture import Architecture
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "mindspore")
 _FP32 = 4
 _MOMENTS = 2 * _FP32
+# DeepSpeed's default of `sub_group_size`: elements of a rank's part that its stage 3 steps at a time.
+_SUB_GROUP = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class States:
-    """Bytes of one rank. `host`: what offload keeps in the host's memory instead."""
+    """Bytes of one rank.
+
+    host      what offload keeps in the host's memory instead
+    stepping  more that exists while the optimizer steps: its gradients in fp32
+    """
 
     weights: int
     masters: int
     gradients: int
     optimizer: int
     host: int
+    stepping: int = 0
 
     @property
     def on_device(self) -> int:
@@ -59,9 +66,9 @@ def states(
     """In a step, once the optimizer has stepped for the first time.
 
     ddp, mindspore   everything whole, fp32: 16 bytes a trained parameter; bf16 and fp16 are autocast
-    zero1, zero2     weights whole in the dtype that computes, the rest of it in fp32 and W parts; fp32
-                     gradients of zero1 are whole until they have been averaged
-    zero3            the weights, too
+    zero1, zero2     weights whole and gradients in the dtype that computes, the rest of it in fp32 and W
+                     parts; gradients of zero1 are whole until they have been averaged
+    zero3            the weights, too. Its optimizer steps some of the parameters at a time, zero2's all
     """
     width = _FP32 if precision == "fp32" else 2
     if strategy in ("ddp", "mindspore"):
@@ -76,10 +83,16 @@ def states(
     weights = width * (part(num_parameters, world_size) if strategy == "zero3" else num_parameters)
     masters = _FP32 * mine
     optimizer = _MOMENTS * mine
-    gradients = width * num_trainable if strategy == "zero1" else _FP32 * mine
+    gradients = width * (num_trainable if strategy == "zero1" else mine)
     if not offload:
+        at_once = min(mine, _SUB_GROUP) if strategy == "zero3" else mine
         return States(
-            weights=weights, masters=masters, gradients=gradients, optimizer=optimizer, host=0
+            weights=weights,
+            masters=masters,
+            gradients=gradients,
+            optimizer=optimizer,
+            host=0,
+            stepping=0 if strategy == "zero1" else _FP32 * at_once,
         )
     host = masters + optimizer + _FP32 * mine
     kept = width * num_trainable if strategy == "zero1" else 0
