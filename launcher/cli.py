@@ -15,6 +15,7 @@ from ftlaunch.launcher.parsers import (
     build_logs_parser,
     build_merge_parser,
     build_parser,
+    build_plan_parser,
     build_rehearse_parser,
     build_status_parser,
     build_submit_parser,
@@ -32,6 +33,7 @@ _NOT_SETTINGS = (
     "script",
     "fault",
     "json",
+    "hardware",
 )
 
 
@@ -64,7 +66,11 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
     }
     if argv and argv[0] in about_a_job:
         return argv[0], about_a_job[argv[0]]().parse_args(list(argv[1:]))
-    starting = {"rehearse": build_rehearse_parser, "submit": build_submit_parser}
+    starting = {
+        "plan": build_plan_parser,
+        "rehearse": build_rehearse_parser,
+        "submit": build_submit_parser,
+    }
     command = argv[0] if argv and argv[0] in starting else "run"
     parser = starting.get(command, build_parser)()
     own, script = _split_at_script(parser, list(argv if command == "run" else argv[1:]))
@@ -121,6 +127,11 @@ def _function_of(command: str) -> Callable[[argparse.Namespace, dict[str, Any]],
         from ftlaunch.launcher.bench_command import bench
 
         return bench
+    if command == "plan":
+        # By itself: it is asked again and again, and needs nothing that runs a job.
+        from ftlaunch.launcher.plan_command import plan
+
+        return plan
     if command == "doctor":
         from ftlaunch.launcher.doctor import doctor
 

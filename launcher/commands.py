@@ -12,9 +12,10 @@ from typing import Any
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.launcher.config import RunConfig, load_config
 from ftlaunch.launcher.console import Console
-from ftlaunch.launcher.job import run_job, show_plan
+from ftlaunch.launcher.job import run_job
 from ftlaunch.launcher.output_folder import put_back_earlier
 from ftlaunch.launcher.plan import LaunchPlan
+from ftlaunch.launcher.plan_command import show_plan
 from ftlaunch.launcher.rehearsal import KINDS, Fault, Rehearsal, parse_fault
 from ftlaunch.launcher.script_job import run_script, show_script_plan
 from ftlaunch.launcher.script_plan import Script

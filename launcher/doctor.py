@@ -39,6 +39,7 @@ from ftlaunch.launcher.config import RunConfig, load_config
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.exchange_test import prepare_exchange, run_exchange_test
 from ftlaunch.launcher.job import check_input, needed_paths
+from ftlaunch.launcher.job_memory import read_job_memory
 from ftlaunch.launcher.npus import with_rank_table
 from ftlaunch.launcher.plan import LaunchPlan, make_plan
 from ftlaunch.launcher.site import Site, find_site, orders_for, ways_to
@@ -210,7 +211,14 @@ class _Doctor:
             try:
                 config = replace(self._config, cluster=cluster)
                 family = family_of(config.model)
-                make_plan(config, machines, site, output_dir=str(self._folder), family=family)
+                make_plan(
+                    config,
+                    machines,
+                    site,
+                    output_dir=str(self._folder),
+                    family=family,
+                    memory=read_job_memory(config),
+                )
             except UserError as error:
                 self._fail(str(error))
         return plan

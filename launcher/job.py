@@ -27,6 +27,7 @@ from ftlaunch.launcher.attempts import Timeline, run_attempts
 from ftlaunch.launcher.config import RunConfig
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.ending import show_verdict, verdict_json
+from ftlaunch.launcher.job_memory import JobMemory, read_job_memory
 from ftlaunch.launcher.micro_batch import halve_micro_batch
 from ftlaunch.launcher.npus import hccl_variables, with_rank_table
 from ftlaunch.launcher.opening import Opened, open_job
@@ -76,27 +77,6 @@ class _Record:
     notes: list[str] = field(default_factory=list)
 
 
-def show_plan(config: RunConfig, console: Console, *, mode: Mode = "train") -> int:
-    """The dry run: print the plan, start nothing."""
-    check_input(config, mode)
-    site = find_site(config.cluster, os.environ)
-    machine = detect_machine(os.environ)
-    config = replace(config, cluster=with_rank_table(config.cluster, machine, os.environ))
-    plan = make_plan(
-        config,
-        [machine] * len(site.hosts),
-        site,
-        output_dir=str(default_output_dir(config)),
-        mode=mode,
-        assumed=not site.is_one_machine,
-        family=family_of(config.model),
-        is_adapter=adapter_folder(config.model) is not None,
-    )
-    console.plan([*machine.notes, *plan.describe()])
-    console.say("dry run: nothing was started")
-    return EXIT_DONE
-
-
 def check_input(config: RunConfig, mode: Mode = "train") -> None:
     """What can be seen to be missing without reading it. UserError."""
     if not config.is_demo:
@@ -117,6 +97,7 @@ def run_job(
     site = find_site(config.cluster, os.environ)
     folder = default_output_dir(config)
     machine = detect_machine(os.environ)
+    memory = read_job_memory(config) if mode == "train" else None
     rehearsal = rehearsal or Rehearsal(())
     check_site(rehearsal.faults, is_one_machine=site.is_one_machine)
     if site.is_one_machine:
@@ -131,6 +112,7 @@ def run_job(
             mode=mode,
             family=family_of(config.model),
             is_adapter=adapter_folder(config.model) is not None,
+            memory=memory,
         )
         check_faults(rehearsal.faults, num_nodes=plan.num_nodes, world_size=plan.world_size)
     need_descriptors(len(site.hosts))
@@ -138,7 +120,7 @@ def run_job(
         keep_input(config, folder)
     with OutputFolder(folder, overwrite=overwrite):
         config = prepare_demo(config) if config.is_demo else config
-        return _Job(config, site, folder, console, timeline, mode, machine, rehearsal).run()
+        return _Job(config, site, folder, console, timeline, mode, machine, rehearsal, memory).run()
 
 
 def needed_paths(config: RunConfig) -> list[str]:
@@ -188,6 +170,7 @@ class _Job:
         mode: Mode,
         machine: Machine,
         rehearsal: Rehearsal,
+        memory: JobMemory | None,
     ) -> None:
         self._config = config
         self._site = site
@@ -197,6 +180,7 @@ class _Job:
         self._mode: Mode = mode
         self._machine = machine
         self._rehearsal = rehearsal
+        self._memory = memory
         self._stop_signal: str | None = None
         self._record = _Record(
             started=timeline.started, startup=StartupClock(opened=timeline.started)
@@ -244,6 +228,7 @@ class _Job:
             mode=self._mode,
             family=family_of(self._config.model),
             is_adapter=adapter_folder(self._config.model) is not None,
+            memory=self._memory,
         )
 
     # -- running ----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Shared by the plan of a training job and that of a user's own script.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,8 @@ class Reason:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostPlan:
-    """One node's part. `assumed`: nobody asked that host; it is taken to be like this one.
+    """One node's part. `assumed`: nobody asked that host; it is taken to be like this one, or, if it is
+    the first, like what was named.
 
     devices   the driver's names of the accelerators that this node's ranks see; None: all
     npus      of an Ascend host: the place of each rank's NPU among the visible ones (DEVICE_ID)
@@ -98,7 +100,7 @@ def make_layout(
                 accelerator=machine.accelerator,
                 device_name=machine.device_name,
                 num_devices=count,
-                assumed=assumed and number > 0,
+                assumed=site.kind == "assumed" or (assumed and number > 0),
                 devices=(
                     machine.device_ids[number * count : (number + 1) * count] if shared else None
                 ),
@@ -120,11 +122,18 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def describe(hosts: Sequence[HostPlan], reasons: Sequence[Reason]) -> list[str]:
     """A plan as lines for the terminal."""
-    lines = [
-        f"{host.name}: {host.num_devices} × {host.device_name}"
-        + ("  (assumed to be like this machine)" if host.assumed else "")
-        for host in hosts
-    ]
+    if hosts[0].assumed:
+        kinds = Counter((host.num_devices, host.device_name) for host in hosts)
+        lines = [
+            f"{number} node(s) of {devices} × {name}  (assumed)"
+            for (devices, name), number in kinds.items()
+        ]
+    else:
+        lines = [
+            f"{host.name}: {host.num_devices} × {host.device_name}"
+            + ("  (assumed to be like this machine)" if host.assumed else "")
+            for host in hosts
+        ]
     width = max(len(reason.choice) for reason in reasons)
     value_width = min(24, max(len(reason.value) for reason in reasons))
     lines += [
@@ -206,6 +215,8 @@ def _devices(
         why = "as many as each host has slots"
     elif accelerator == "cpu":
         why = "one rank a node on CPUs"
+    elif site.kind == "assumed":
+        why = "as many as such machines mostly have"
     else:
         why = "every one that a node has"
     cores = machines[0].cpu_cores
@@ -257,9 +268,7 @@ def _threads(
         )
         where = "on a node"
     threads = max(1, threads)
-    reasons.append(
-        Reason(
-            choice="threads", value=str(threads), why=f"{cores} cores among {ranks} rank(s) {where}"
-        )
-    )
+    if site.kind != "assumed":
+        why = f"{cores} cores among {ranks} rank(s) {where}"
+        reasons.append(Reason(choice="threads", value=str(threads), why=why))
     return threads

@@ -12,6 +12,7 @@ Everything else is KEY=VALUE, for example train.learning_rate=2e-5 train.num_tra
   ftlaunch --nodes 4                              the embedded demo: no model, no data, no network
   ftlaunch --nodes 2 --model DIR --dataset DIR -o out train.num_train_epochs=3
   ftlaunch ... -o out                             the same command again resumes
+  ftlaunch plan --nodes 2 --hardware H100-80GB --model config.json      what a job would need
   ftlaunch eval out --dataset DIR                 evaluates alone, writes predictions.jsonl
   ftlaunch --nodes 2 script.py --its-own args     your own script on every rank
   ftlaunch merge out merged/                      a checkpoint as a model, also DeepSpeed's, MindSpore's
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="ftlaunch [flags] [KEY=VALUE ...]\n"
         "       ftlaunch [flags] [KEY=VALUE ...] SCRIPT.py [its own arguments]\n"
         "       ftlaunch eval OUT_OR_MODEL [flags] [KEY=VALUE ...]\n"
+        "       ftlaunch plan [flags] [KEY=VALUE ...] [--hardware NAME] [--json]\n"
         "       ftlaunch merge [--verify] SOURCE TARGET [flags]\n"
         "       ftlaunch rehearse --fault FAULT [flags] [KEY=VALUE ...] [SCRIPT.py ...]\n"
         "       ftlaunch submit [flags] [KEY=VALUE ...] [SCRIPT.py ...]\n"
@@ -150,6 +152,25 @@ def build_rehearse_parser() -> argparse.ArgumentParser:
         metavar="KIND:N@MOMENT",
         help="such as kill-rank:3@step5, hang-node:2@20s, kill-agent:0@save; may be repeated",
     )
+    return parser
+
+
+def build_plan_parser() -> argparse.ArgumentParser:
+    """The main command's flags without --version, and two of its own."""
+    parser = _Parser(
+        prog="ftlaunch plan",
+        usage="ftlaunch plan [flags] [KEY=VALUE ...] [--hardware NAME] [--json]",
+        description="Say how a job would run and what memory it would need; starts nothing.",
+        epilog="--model may be a folder with config.json alone, or such a file; data is not needed. What "
+        "the numbers are made of: docs/planning.md.",
+        allow_abbrev=False,
+    )
+    _add_shared_flags(parser)
+    _add_flags_of_runs(parser)
+    add = parser.add_argument
+    add("--hardware", metavar="NAME", help="plan for such nodes, here or not: H100-80GB, …")
+    add("--json", action="store_true", help="print the plan as one JSON object instead")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
     return parser
 
 
@@ -264,7 +285,7 @@ def _add_shared_flags(
         add("--strategy", metavar="NAME,NAME", help="each of them: ddp,zero2 (default: ddp)")
         add("--precision", metavar="NAME,NAME", help="each of them: fp32,bf16 (default: auto)")
     else:
-        add("--strategy", metavar="NAME", help="ddp, zero1, zero2 or zero3 (default: ddp)")
+        add("--strategy", metavar="NAME", help="ddp, zero1, zero2 or zero3 (default: what fits)")
         add("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the computation")
     add("--task", metavar="NAME", help="what is learned: text-classification, causal-lm, …")
     if model:

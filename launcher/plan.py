@@ -15,28 +15,24 @@ from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.events import StartMethod
 from ftlaunch.cluster.machine import Machine, check_framework
 from ftlaunch.launcher.config import ClusterOptions, RunConfig
+from ftlaunch.launcher.job_memory import JobMemory
 from ftlaunch.launcher.layout import HostPlan, Reason, describe, make_layout
+from ftlaunch.launcher.memory_table import MemoryTable, short_line, table_lines
 from ftlaunch.launcher.micro_batch import choose_micro_batch, explain_evaluation
+from ftlaunch.launcher.precision import choose_precision
 from ftlaunch.launcher.site import Site
+from ftlaunch.launcher.strategy_choice import choose_strategy
 from ftlaunch.strategies.data.task_names import check_own_keys, check_task
 from ftlaunch.strategies.deepspeed_config import (
     Decided,
     check_deepspeed_config,
     offload_devices,
-    stage_of,
 )
 from ftlaunch.strategies.mindspore_models import check_family
 from ftlaunch.strategies.options import JobOptions, Precision
 from ftlaunch.strategies.registry import STRATEGIES, entry
 
 _LANGUAGE_TASKS = ("causal-lm", "masked-lm")
-_OLD_NPU = "has neither bf16 nor infinite numbers in fp16, so that an overflow would not be seen"
-# Why a precision cannot be had on CPUs.
-_PRECISION_REASONS = {
-    "torch": "",
-    "deepspeed": "DeepSpeed has no fp16 on CPUs.",
-    "mindspore": "MindSpore multiplies matrices in fp32 only on CPUs.",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +58,8 @@ class LaunchPlan:
     start_method: StartMethod
     hosts: tuple[HostPlan, ...]
     reasons: tuple[Reason, ...]
+    # Of training, where the model was looked at.
+    memory: MemoryTable | None = None
 
     def to_json(self) -> Any:
         from ftlaunch.launcher.plan_file import PLAN
@@ -81,7 +79,14 @@ class LaunchPlan:
 
     def describe(self) -> list[str]:
         """The plan as lines for the terminal."""
-        return describe(self.hosts, self.reasons)
+        lines = describe(self.hosts, self.reasons)
+        if self.memory is not None:
+            lines += [f"warning: {text}" for text in self.memory.warnings]
+        return lines
+
+    def memory_lines(self) -> list[str]:
+        """What each strategy would take of a device; none where nobody looked at the model."""
+        return table_lines(self.memory) if self.memory is not None else []
 
 
 def make_plan(
@@ -94,6 +99,7 @@ def make_plan(
     assumed: bool = False,
     family: str | None = None,
     is_adapter: bool = False,
+    memory: JobMemory | None = None,
 ) -> LaunchPlan:
     """Decide everything. Pure: the same arguments give the same plan.
 
@@ -101,29 +107,43 @@ def make_plan(
     assumed    the machines after the first were not asked
     family     of the model (`model_config.family_of`), None where it is not known yet
     is_adapter the model is an adapter's folder
+    memory     what is known of the model; None: nobody looked
     UserError when what was asked for cannot be done.
     """
     reasons: list[Reason] = []
     check_task(config.task)
     check_own_keys(config.task, config.data)
     if not config.is_demo:
-        model, data = config.model.name_or_path, config.data.name_or_path
-        reasons.append(Reason(choice="task", value=config.task, why=f"model {model}, data {data}"))
+        data = f", data {config.data.name_or_path}" if config.data.name_or_path is not None else ""
+        why = f"model {config.model.name_or_path}{data}"
+        reasons.append(Reason(choice="task", value=config.task, why=why))
     layout = make_layout(
         config.cluster, machines, site, reasons, assumed=assumed, default_start="fork"
     )
     accelerator, world_size = layout.accelerator, layout.world_size
-    strategy = _strategy(config, machines, accelerator, reasons)
+    _batch_fits(config, world_size, mode)
+    choice = choose_strategy(
+        config,
+        machines,
+        layout,
+        is_one_machine=site.is_one_machine,
+        memory=memory if mode == "train" else None,
+    )
+    reasons += choice.reasons
+    config, strategy = choice.config, choice.strategy
     _check_packages(strategy, machines)
     if entry(strategy).package == "mindspore":
         _check_mindspore(config, strategy, mode, family, is_adapter=is_adapter)
     if mode == "train":
         _check_lora(config, strategy, machines, reasons)
-    precision = _precision(config, machines, accelerator, strategy, reasons)
-    _batch_fits(config, world_size, mode)
-    chosen = choose_micro_batch(config, world_size, accelerator)
+    precision, why = choose_precision(config, machines, accelerator, strategy)
+    reasons.append(Reason(choice="precision", value=precision, why=why))
+    chosen = choose_micro_batch(config, world_size, accelerator, choice.fits)
     _check_deepspeed(config, strategy, precision, chosen.samples, chosen.accumulation, reasons)
     reasons.extend(chosen.reasons if mode == "train" else explain_evaluation(chosen))
+    if choice.table is not None:
+        value, why = short_line(choice.table)
+        reasons.append(Reason(choice="memory", value=value, why=why))
     return LaunchPlan(
         mode=mode,
         output_dir=output_dir,
@@ -144,42 +164,8 @@ def make_plan(
         start_method=layout.start_method,
         hosts=layout.hosts,
         reasons=tuple(reasons),
+        memory=choice.table,
     )
-
-
-def _strategy(
-    config: RunConfig, machines: Sequence[Machine], accelerator: str, reasons: list[Reason]
-) -> str:
-    stage = stage_of(config.deepspeed)
-    if config.strategy == "auto" and stage is not None and f"zero{stage}" in STRATEGIES:
-        reasons.append(Reason(choice="strategy", value=f"zero{stage}", why="by deepspeed.config"))
-        return f"zero{stage}"
-    if config.strategy != "auto":
-        if accelerator not in entry(config.strategy).accelerators:
-            raise UserError(
-                f"--strategy {config.strategy} does not run on {accelerator}: it runs on "
-                f"{', '.join(entry(config.strategy).accelerators)}. Leave --strategy out."
-            )
-        reasons.append(Reason(choice="strategy", value=config.strategy, why="as asked for"))
-        return config.strategy
-    # Nobody gets DeepSpeed without having asked for it.
-    fitting = [
-        name
-        for name, each in STRATEGIES.items()
-        if accelerator in each.accelerators and each.zero_stage is None
-    ]
-    # Where torch is missing MindSpore may be there. What lacks everything is told of the first.
-    installed = [
-        name
-        for name in fitting
-        if all(STRATEGIES[name].package in machine.versions for machine in machines)
-    ]
-    chosen = (installed or fitting)[0]
-    why = "every rank holds the whole model; gradients are averaged once an optimizer step"
-    if chosen != fitting[0]:
-        why += f"; {STRATEGIES[fitting[0]].package} is not installed"
-    reasons.append(Reason(choice="strategy", value=chosen, why=why))
-    return chosen
 
 
 def _check_mindspore(
@@ -303,45 +289,6 @@ def _other_strategies(machine: Machine) -> str:
         and machine.accelerator in each.accelerators
     ]
     return f" With what is installed --strategy {' or '.join(others)} runs." if others else ""
-
-
-def _precision(
-    config: RunConfig,
-    machines: Sequence[Machine],
-    accelerator: str,
-    strategy: str,
-    reasons: list[Reason],
-) -> Precision:
-    runs = entry(strategy).runs
-    if config.precision != "auto" and not runs(config.precision, accelerator):
-        having = [name for name in ("fp32", "bf16", "fp16") if runs(name, accelerator)]
-        raise UserError(
-            f"--precision {config.precision} with --strategy {strategy} does not run on "
-            f"{accelerator}: {_PRECISION_REASONS[entry(strategy).package]} Use --precision "
-            f"{' or '.join(having)}, or --strategy ddp."
-        )
-    old = [machine for machine in machines if not machine.fast_bf16]
-    if accelerator == "ascend" and config.precision in ("bf16", "fp16") and old:
-        raise UserError(
-            f"--precision {config.precision} cannot be had on {old[0].hostname}: "
-            f"{old[0].device_name} {_OLD_NPU}. Use --precision fp32, or leave it out."
-        )
-    if config.precision != "auto":
-        reasons.append(Reason(choice="precision", value=config.precision, why="as asked for"))
-        return config.precision
-    chosen: Precision
-    if accelerator == "ascend" and not all(machine.fast_bf16 for machine in machines):
-        chosen, why = "fp32", f"{machines[0].device_name} {_OLD_NPU}"
-    elif not runs("bf16", accelerator) and accelerator == "cpu":
-        chosen, why = "fp32", f"{_PRECISION_REASONS[entry(strategy).package]}"
-    elif all(machine.fast_bf16 for machine in machines):
-        chosen, why = "bf16", f"{machines[0].device_name} computes bf16 fast; weights stay fp32"
-    elif accelerator != "cpu":
-        chosen, why = "fp16", f"{machines[0].device_name} has no fast bf16; weights stay fp32"
-    else:
-        chosen, why = "fp32", f"{machines[0].device_name} has no fast bf16"
-    reasons.append(Reason(choice="precision", value=chosen, why=why))
-    return chosen
 
 
 def _batch_fits(config: RunConfig, world_size: int, mode: str) -> None:

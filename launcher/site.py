@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.hosts import Host, allocated_hosts, parse_hosts, read_hostfile
@@ -17,9 +18,12 @@ from ftlaunch.launcher.config import ClusterOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """The nodes of a job, in the order of their ranks. `why` in words for the plan."""
+    """The nodes of a job, in the order of their ranks. `why` in words for the plan.
 
-    kind: Kind
+    kind   "assumed": there need not be such nodes, and no job can run on them
+    """
+
+    kind: Kind | Literal["assumed"]
     hosts: tuple[Host, ...]
     why: str
 

@@ -16,6 +16,8 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# Tokens of a row, where nobody says more and the model takes so many.
+DEFAULT_MAX_LENGTH = 512
 # Their positions begin after the padding id: that many embeddings are never reached.
 POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer")
 
@@ -183,3 +185,12 @@ def max_length_of(config: dict[str, Any]) -> int | None:
         padding = config.get("pad_token_id")
         return limit - (padding if isinstance(padding, int) else 1) - 1
     return limit
+
+
+def check_max_length(wanted: int | None, limit: int | None) -> None:
+    """UserError for data.max_length above what the model takes (`max_length_of`)."""
+    if wanted is not None and limit is not None and wanted > limit:
+        raise UserError(
+            f"Rows of up to {wanted} tokens do not fit the model: it takes {limit} at most. "
+            f"data.max_length must not be above that. Set it to {limit} or less."
+        )

@@ -31,7 +31,8 @@ class ModelOptions:
     # Patterns: a prefix of a parameter's name by dots ("bert.encoder"), a glob ("*.bias"),
     # or "base_model" for everything below the head.
     freeze: tuple[str, ...] = ()
-    gradient_checkpointing: bool = False
+    # None: only where nothing would fit into memory without.
+    gradient_checkpointing: bool | None = None
     attn_implementation: str | None = None
     # Sets every dropout probability of the configuration; None leaves them.
     dropout: Annotated[float, Ge(0), Lt(1)] | None = None

@@ -22,6 +22,7 @@ from ftlaunch.launcher.parsers import (
     build_logs_parser,
     build_merge_parser,
     build_parser,
+    build_plan_parser,
     build_rehearse_parser,
     build_status_parser,
     build_submit_parser,
@@ -77,6 +78,7 @@ def imported_by(*args: str) -> set[str]:
 
 BUILDERS = {
     (): build_parser,
+    ("plan",): build_plan_parser,
     ("eval",): build_eval_parser,
     ("rehearse",): build_rehearse_parser,
     ("merge",): build_merge_parser,
@@ -101,7 +103,8 @@ def test_help(command):
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("eval",), ("merge",), ("doctor",), ("submit",), ("status",), ("bench",)]
+    "command",
+    [(), ("plan",), ("eval",), ("merge",), ("doctor",), ("submit",), ("status",), ("bench",)],
 )
 def test_help_imports_next_to_nothing(command):
     modules = imported_by(*command, "--help")
@@ -118,6 +121,11 @@ def test_the_flags_are_frozen():
     """Everything else is a key: another flag is to be argued for, not slipped in."""
     parser = build_parser()
     assert {flag for action in parser._actions for flag in action.option_strings} == FLAGS
+
+
+def test_the_flags_of_the_plan_are_frozen():
+    flags = {flag for action in build_plan_parser()._actions for flag in action.option_strings}
+    assert flags == FLAGS - {"--version"} | {"--hardware", "--json"}
 
 
 def test_the_flags_of_merge_are_frozen():

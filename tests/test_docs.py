@@ -32,6 +32,7 @@ from ftlaunch.launcher.parsers import (
     build_eval_parser,
     build_merge_parser,
     build_parser,
+    build_plan_parser,
     build_submit_parser,
 )
 from ftlaunch.launcher.plan import make_plan
@@ -231,6 +232,19 @@ def test_documented_flags_of_submit() -> None:
     gone, _, new = sentence.partition("and six")
     assert set(_code(gone)) == without
     assert {code for code in _code(new) if code.startswith("--")} == added
+
+
+def test_documented_flags_of_plan() -> None:
+    own = {a.option_strings[0] for a in build_plan_parser()._actions if a.option_strings}
+    main = {a.option_strings[0] for a in build_parser()._actions if a.option_strings}
+    [sentence] = re.findall(
+        r"`ftlaunch plan` has them without (.*?)\.",
+        _section("docs/configuration.md", "Flags"),
+        re.S,
+    )
+    gone, _, new = sentence.partition("and two")
+    assert {code.split()[0] for code in _code(gone)} == main - own
+    assert {code.split()[0] for code in _code(new)} == own - main
 
 
 def test_documented_flags_of_merge() -> None:

@@ -202,6 +202,11 @@ def _is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in _FILES)
 
 
+def demo_model_config() -> dict[str, Any]:
+    """config.json of the demo's model, which need not have been made yet."""
+    return {**_CONFIG, "vocab_size": _VOCABULARY_SIZE}
+
+
 def _write_files(folder: Path, seed: int) -> None:
     (folder / "model").mkdir(parents=True)
     (folder / "data").mkdir()

@@ -39,13 +39,12 @@ from ftlaunch.strategies.data.tokenizer import (
     locate_tokenizer,
     tokenizer_fingerprint,
 )
+from ftlaunch.strategies.model_config import DEFAULT_MAX_LENGTH, check_max_length
 from ftlaunch.strategies.options import DataOptions
 from ftlaunch.strategies.safetensors_file import FileDamaged
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_DEFAULT_MAX_LENGTH = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +99,7 @@ def prepare_tokens(
     stall_seconds     so long after the last new slice a rank gives up with a JobError
     alive             called now and then: a sign that work goes on
     """
-    _check_max_length(options, model_max_length)
+    check_max_length(options.max_length, model_max_length)
     root = cache_root(options)
     splits: Splits | None = None
     alone = labels is not None
@@ -172,19 +171,10 @@ def _make_key(
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 
-def _check_max_length(options: DataOptions, model_max_length: int | None) -> None:
-    wanted = options.max_length
-    if wanted is not None and model_max_length is not None and wanted > model_max_length:
-        raise UserError(
-            f"Rows of up to {wanted} tokens do not fit the model: it takes {model_max_length} at "
-            f"most. data.max_length must not be above that. Set it to {model_max_length} or less."
-        )
-
-
 def _choose_max_length(
     options: DataOptions, loaded: LoadedTokenizer, model_max_length: int | None, pair: bool
 ) -> int:
-    limits = [_DEFAULT_MAX_LENGTH, loaded.max_length, model_max_length]
+    limits = [DEFAULT_MAX_LENGTH, loaded.max_length, model_max_length]
     length = options.max_length or min(limit for limit in limits if limit is not None)
     num_special = int(loaded.tokenizer.num_special_tokens_to_add(pair))
     if length <= num_special:

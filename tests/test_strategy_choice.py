@@ -1,0 +1,436 @@
+"""Which strategy a plan chooses by memory, what it says of the others, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from ftlaunch.cluster.errors import UserError
+from ftlaunch.cluster.machine import Machine
+from ftlaunch.launcher.config import load_config
+from ftlaunch.launcher.hardware import HARDWARE, assume
+from ftlaunch.launcher.job_memory import JobMemory, read_job_memory
+from ftlaunch.launcher.memory_table import MemoryRow
+from ftlaunch.launcher.plan import LaunchPlan, make_plan
+from ftlaunch.launcher.site import find_site
+from tests.model_configs import BERT_BASE, LLAMA_1B, LLAMA_70B, PARAMETERS_70B, write_json
+
+# Of an accelerator so much is counted on.
+USABLE = 0.95
+GIB = 1 << 30
+A_LOT = 1 << 50
+ROOMY = replace(HARDWARE["H100-80GB"], memory_bytes=A_LOT)
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """plan(config.json's content, device memory, overrides…, flags…) on 8 GPUs of one node."""
+
+    def make(content=LLAMA_1B, memory_bytes=A_LOT, *overrides, change=None, **flags) -> LaunchPlan:
+        write_json(tmp_path, content)
+        config = load_config(
+            file=None,
+            flags={"model": str(tmp_path), "task": "causal-lm", **flags},
+            overrides=["train.per_device_train_batch_size=1", *overrides],
+            data_optional=True,
+        )
+        site, machines = assume(config.cluster, replace(ROOMY, memory_bytes=memory_bytes))
+        if change is not None:
+            machines = [change(machine) for machine in machines]
+        return make_plan(config, machines, site, output_dir="", memory=read_job_memory(config))
+
+    return make
+
+
+def rows_of(plan: LaunchPlan) -> dict[str, MemoryRow]:
+    assert plan.memory is not None
+    return {row.label: row for row in plan.memory.rows}
+
+
+def why(plan: LaunchPlan, choice: str) -> str:
+    [reason] = [reason for reason in plan.reasons if reason.choice == choice]
+    return f"{reason.value} {reason.why}"
+
+
+def enough_for(row: MemoryRow) -> int:
+    """Memory of a device that just holds it."""
+    return int(row.peak / USABLE) + 1024
+
+
+ON_DEVICE = ("ddp", "zero1", "zero2", "zero3")
+
+
+def all_ways(plan) -> dict[str, MemoryRow]:
+    """Every way of the model, seen where hardly anything fits but in the host's memory."""
+    return rows_of(plan(LLAMA_1B, GIB, strategy="ddp", change=roomy_host))
+
+
+# -- the choice ---------------------------------------------------------------------------------
+
+
+def test_ddp_where_it_fits(plan):
+    made = plan()
+    assert (made.strategy, made.options) == ("ddp", made.options)
+    assert made.options.model.gradient_checkpointing is None
+    assert [row.label for row in made.memory.rows] == list(ON_DEVICE)
+    assert [row.chosen for row in made.memory.rows] == [True, False, False, False]
+    assert all(row.fits for row in made.memory.rows)
+
+
+@pytest.mark.parametrize("strategy", ON_DEVICE)
+def test_the_first_that_fits(plan, strategy):
+    rows = rows_of(plan())
+    needs = [rows[name].peak for name in ON_DEVICE]
+    assert needs == sorted(needs, reverse=True)
+    made = plan(LLAMA_1B, enough_for(rows[strategy]))
+    assert made.strategy == strategy
+    assert made.options.model.gradient_checkpointing is None
+    number = ON_DEVICE.index(strategy)
+    shown = rows_of(made)
+    assert [shown[name].fits for name in ON_DEVICE] == [n >= number for n in range(4)]
+    # By how much the others do not fit.
+    usable = made.memory.usable
+    assert [shown[name].lacking for name in ON_DEVICE] == [max(0, n - usable) for n in needs]
+    if number:
+        assert f"nothing faster fits: {ON_DEVICE[number - 1]} needs" in why(made, "strategy")
+        assert "in 8 parts" in why(made, "strategy")
+
+
+def test_a_byte_less_is_not_enough(plan):
+    needed = rows_of(plan())["ddp"].peak
+    assert plan(LLAMA_1B, int(needed / USABLE) + 2).strategy == "ddp"
+    assert plan(LLAMA_1B, int(needed / USABLE) - 1).strategy == "zero1"
+
+
+def test_checkpointing_only_where_nothing_fits_on_the_devices_without(plan):
+    rows = all_ways(plan)
+    [most, least] = rows["zero3"].peak, rows["zero3 + checkpointing"].peak
+    assert least < most
+    made = plan(LLAMA_1B, int((least + most) / 2 / USABLE))
+    chosen = made.memory.chosen
+    assert (chosen.gradient_checkpointing, chosen.offload) == (True, False)
+    assert made.options.model.gradient_checkpointing is True
+    assert "fits on the devices alone without" in why(made, "checkpointing")
+
+
+def roomy_host(machine: Machine) -> Machine:
+    return replace(machine, memory_bytes=A_LOT)
+
+
+def test_offload_comes_last(plan):
+    rows = all_ways(plan)
+    room = enough_for(rows["zero3 + offload"])
+    sooner = [row.label for row in rows.values() if not row.offload and enough_for(row) <= room]
+    assert sooner == [], "then it would not come last"
+    made = plan(LLAMA_1B, room, change=roomy_host)
+    assert (made.strategy, made.options.deepspeed.offload) == ("zero3", "cpu")
+    assert made.options.model.gradient_checkpointing is None
+    assert "in the host's memory" in why(made, "offload")
+    assert made.memory.chosen.host > 12 * made.memory.num_parameters / 8
+
+
+def test_offload_needs_the_hosts_memory(plan):
+    room = enough_for(all_ways(plan)["zero3 + offload"])
+    with pytest.raises(UserError, match="in the host's memory"):
+        plan(LLAMA_1B, room, change=lambda machine: replace(machine, memory_bytes=8 * GIB))
+
+
+def test_what_the_user_says_of_checkpointing_stays(plan):
+    rows = all_ways(plan)
+    room = enough_for(rows["zero3 + checkpointing"])
+    with pytest.raises(UserError, match="do not fit"):
+        plan(LLAMA_1B, room, "model.gradient_checkpointing=false", "deepspeed.offload=none")
+    made = plan(LLAMA_1B, A_LOT, "model.gradient_checkpointing=true")
+    assert [row.label for row in made.memory.rows] == [f"{n} + checkpointing" for n in ON_DEVICE]
+    assert made.strategy == "ddp"
+
+
+def test_what_the_user_chooses_is_run_with_a_warning(plan):
+    made = plan(LLAMA_1B, 2 * GIB, "deepspeed.offload=none", strategy="zero1")
+    assert made.strategy == "zero1"
+    assert made.options.model.gradient_checkpointing is None
+    [line] = [line for line in made.describe() if line.startswith("warning")]
+    assert re.search(r"zero1 does not fit by the estimate: .* GiB, and 1\.90 are counted on", line)
+
+
+def test_a_strategy_by_name_gets_checkpointing_where_it_helps(plan):
+    made = plan(LLAMA_1B, enough_for(all_ways(plan)["zero1 + checkpointing"]), strategy="zero1")
+    assert (made.strategy, made.options.model.gradient_checkpointing) == ("zero1", True)
+    assert "zero1 does not fit without" in why(made, "checkpointing")
+    assert made.describe()[-1].startswith("memory")
+
+
+def test_offload_without_a_strategy_is_refused_as_ever(plan):
+    with pytest.raises(UserError, match=r"deepspeed\.offload is set, but the strategy is ddp"):
+        plan(LLAMA_1B, GIB, "deepspeed.offload=cpu")
+
+
+def test_offload_is_not_taken_where_it_was_excluded(plan):
+    with pytest.raises(
+        UserError, match=r"smallest cluster that would hold it: \d+ such nodes"
+    ) as e:
+        plan(LLAMA_1B, 4 * GIB, "deepspeed.offload=none")
+    assert "offload" not in str(e.value)
+
+
+def test_without_deepspeed_it_is_said_what_would_fit(plan):
+    def bare(machine: Machine) -> Machine:
+        versions = {k: v for k, v in machine.versions.items() if k != "deepspeed"}
+        return replace(machine, versions=versions)
+
+    assert plan(LLAMA_1B, A_LOT, change=bare).strategy == "ddp"
+    room = enough_for(rows_of(plan())["zero2"])
+    message = r"no strategy that is installed fits: zero\d would.* deepspeed is not installed.*pip"
+    with pytest.raises(UserError, match=message):
+        plan(LLAMA_1B, room, "model.gradient_checkpointing=false", change=bare)
+    # Of two that fit the one that is there: it computes its activations twice.
+    made = plan(LLAMA_1B, enough_for(rows_of(plan())["ddp"]), change=bare)
+    assert made.strategy == "ddp"
+
+
+def test_where_nobody_knows_the_memory_nothing_changes(plan):
+    made = plan(LLAMA_1B, 0)
+    assert made.strategy == "ddp"
+    assert made.memory.capacity == 0
+    assert not any(row.lacking for row in made.memory.rows)
+    assert "how much a rank has is not known" in "\n".join(made.memory_lines())
+
+
+# -- what fits nowhere --------------------------------------------------------------------------
+
+
+def test_the_smallest_cluster_is_named_and_would_hold_it(plan):
+    """One node less would not."""
+
+    def with_nodes(nodes):
+        flags = ["train.global_batch_size=1024", "deepspeed.offload=none"]
+        return plan(LLAMA_70B, 24 * GIB, *flags, nodes=nodes)
+
+    with pytest.raises(UserError, match="smallest cluster") as error:
+        with_nodes(1)
+    found = re.search(
+        r"hold it: (\d+) such nodes with 8 rank\(s\) each, zero3 \+ checkp", str(error.value)
+    )
+    assert found is not None, error.value
+    nodes = int(found[1])
+    assert f"--nodes {nodes}" in str(error.value)
+    assert f"{PARAMETERS_70B:,} parameters" in str(error.value)
+    assert with_nodes(nodes).strategy == "zero3"
+    with pytest.raises(UserError, match=f"hold it: {nodes} such nodes"):
+        with_nodes(nodes - 1)
+
+
+def test_more_ranks_than_samples_are_named(plan):
+    with pytest.raises(UserError, match=r"So many ranks need train\.global_batch_size=\d+ or more"):
+        plan(LLAMA_70B, 24 * GIB, "deepspeed.offload=none")
+
+
+def test_what_no_number_of_devices_holds(plan):
+    """A row that is too long for one device is so on any number of them."""
+    with pytest.raises(UserError, match=r"No number of such devices.*smaller data\.max_length"):
+        plan(LLAMA_70B, 4 * GIB, "data.max_length=131072")
+
+
+# -- what is not known --------------------------------------------------------------------------
+
+
+def test_an_unknown_family_gives_a_bound_that_is_marked(plan):
+    made = plan({**LLAMA_1B, "model_type": "zebra"})
+    assert made.memory.is_bound
+    text = "\n".join([*made.describe(), *made.memory_lines()])
+    assert "the family 'zebra' is not known" in text
+    assert "every number is an upper bound" in text
+    assert why(made, "memory").startswith("at most ")
+
+
+def test_a_bound_refuses_nothing(plan):
+    made = plan({**LLAMA_70B, "model_type": "zebra"}, 4 * GIB)
+    assert made.strategy == "ddp"
+    assert any(line.startswith("warning: ddp does not fit") for line in made.describe())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        [],
+        {"model_type": 3},
+        {**LLAMA_1B, "hidden_size": "many"},
+        {**LLAMA_1B, "hidden_size": -1},
+        {**LLAMA_1B, "num_hidden_layers": 10**30},
+        {**LLAMA_1B, "num_attention_heads": 0},
+        {**LLAMA_1B, "vocab_size": None},
+        {**LLAMA_1B, "max_position_embeddings": "long"},
+        {**LLAMA_1B, "id2label": {"a": "b", "c": "d"}},
+        {"model_type": "zebra", "hidden_size": [1]},
+    ],
+    ids=repr,
+)
+def test_a_configuration_that_is_nonsense_leaves_the_rest_of_the_plan(plan, content):
+    """Whoever loads the model says what is wrong with it; a plan says why it has no estimate."""
+    made = plan(content)
+    assert made.strategy == "ddp"
+    if made.memory.why_not:
+        assert made.memory_lines() == [f"memory is not estimated: {made.memory.why_not}"]
+        assert "not known" in why(made, "memory")
+
+
+def test_a_file_that_is_no_json(plan, tmp_path):
+    plan()
+    for raw in (b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000):
+        (tmp_path / "config.json").write_bytes(raw)
+        config = load_config(
+            file=None, flags={"model": str(tmp_path)}, overrides=[], data_optional=True
+        )
+        known = read_job_memory(config)
+        assert known.architecture is None
+        assert "config.json" in known.why_not
+
+
+def test_rows_longer_than_the_model_takes(plan):
+    with pytest.raises(UserError, match=r"Rows of up to 513 tokens.*takes 512 at most"):
+        plan(BERT_BASE, A_LOT, "data.max_length=513", task="masked-lm")
+    made = plan(BERT_BASE, A_LOT, "data.max_length=512", task="masked-lm")
+    assert made.memory.length == 512
+
+
+def test_the_longest_row_that_nobody_set(plan):
+    assert plan(LLAMA_1B).memory.length == 512
+    short = {**BERT_BASE, "max_position_embeddings": 64}
+    assert plan(short, A_LOT, task="masked-lm").memory.length == 64
+
+
+# -- the micro-batch ----------------------------------------------------------------------------
+
+
+def test_the_micro_batch_is_what_it_was_where_memory_suffices(plan):
+    auto = "train.per_device_train_batch_size=null"
+    made = plan(BERT_BASE, A_LOT, auto, "train.global_batch_size=256", task="masked-lm")
+    assert (made.micro_batch, made.max_tokens_per_micro_batch, made.accumulation) == (32, None, 1)
+    assert made.memory.chosen.micro_batch == 32
+
+
+def test_the_largest_micro_batch_that_fits(plan):
+    settings = ["train.per_device_train_batch_size=null", "train.global_batch_size=256"]
+    rows = {
+        n: plan(
+            LLAMA_1B,
+            A_LOT,
+            f"train.per_device_train_batch_size={n}",
+            "train.global_batch_size=256",
+            strategy="ddp",
+        )
+        for n in (5, 6)
+    }
+    five, six = (rows[n].memory.chosen.peak for n in (5, 6))
+    assert five < six
+    made = plan(LLAMA_1B, int((five + six) / 2 / USABLE), *settings, strategy="ddp")
+    assert made.memory.chosen.micro_batch == 5
+    # 5 rows of the longest length; of shorter ones there may be more.
+    assert made.max_tokens_per_micro_batch == 5 * 512
+    assert "holds 5 of 512 tokens" in why(made, "tokens")
+
+
+def test_the_users_own_micro_batch_is_not_lowered(plan):
+    set_by_user = ["train.per_device_train_batch_size=32", "train.global_batch_size=256"]
+    peak = plan(LLAMA_1B, A_LOT, *set_by_user, strategy="ddp").memory.chosen.peak
+    made = plan(
+        LLAMA_1B,
+        peak // 2,
+        *set_by_user,
+        "model.gradient_checkpointing=false",
+        strategy="ddp",
+    )
+    assert made.micro_batch == 32
+    assert made.memory.chosen.micro_batch == 32
+    assert any(line.startswith("warning: ddp does not fit") for line in made.describe())
+
+
+# -- on a CPU -----------------------------------------------------------------------------------
+
+
+def test_ranks_on_a_cpu_divide_the_machines_memory(tmp_path):
+    machine = Machine(
+        hostname="here",
+        accelerator="cpu",
+        device_name="Some CPU",
+        num_devices=1,
+        device_memory_bytes=48 * GIB,
+        fast_bf16=False,
+        cpu_cores=8,
+        memory_bytes=48 * GIB,
+        versions={"torch": "2.13.0", "deepspeed": "0.19.2"},
+        code_fingerprint="abc",
+        notes=(),
+    )
+    write_json(tmp_path, BERT_BASE)
+
+    def on(nodes, memory_gib=48):
+        config = load_config(
+            file=None,
+            flags={"model": str(tmp_path), "task": "masked-lm", "nodes": nodes},
+            overrides=[],
+            data_optional=True,
+        )
+        site = find_site(config.cluster, {})
+        mine = replace(machine, memory_bytes=memory_gib * GIB)
+        known = read_job_memory(config)
+        return make_plan(config, [mine] * nodes, site, output_dir="", memory=known)
+
+    assert (on(1).memory.capacity, on(4).memory.capacity) == (48 * GIB, 12 * GIB)
+    assert on(4).strategy == "ddp"
+    # What the framework has loaded is there once for all ranks, which are forked.
+    assert on(4).memory.chosen.framework == on(1).memory.chosen.framework // 4
+    # 4 ranks with 110 million parameters of 16 bytes each: 1.6 GiB a rank, and activations.
+    with pytest.raises(
+        UserError, match=r"smallest cluster .*: \d+ machines like this one with 4 rank"
+    ):
+        on(4, 4)
+
+
+# -- what is left of it -------------------------------------------------------------------------
+
+
+def test_the_table_survives_json(plan, tmp_path):
+    made = plan(LLAMA_1B, 24 * GIB)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(made.to_json()))
+    assert LaunchPlan.read(path) == made
+    before = made.to_json()
+    del before["memory"]
+    path.write_text(json.dumps(before))
+    assert LaunchPlan.read(path).memory is None
+
+
+def test_frozen_parts_have_neither_gradients_nor_moments(plan):
+    """4 bytes each of gradient and two moments, of what is trained."""
+    whole = plan(BERT_BASE, A_LOT, task="text-classification", strategy="ddp").memory
+    head = plan(
+        BERT_BASE, A_LOT, "model.freeze=base_model", task="text-classification", strategy="ddp"
+    ).memory
+    assert whole.num_trained == whole.num_parameters == head.num_parameters
+    assert head.num_trained == 768 * 2 + 2
+    assert head.chosen.weights == whole.chosen.weights
+    assert head.chosen.gradients == 4 * head.num_trained
+    assert head.chosen.optimizer == 8 * head.num_trained
+
+
+def test_an_adapter_adds_two_matrices_to_each_layer(plan):
+    """BERT has 6 linear layers a block: 4 of 768 × 768, and 2 of 768 × 3072. Rank 8 adds to each 8 rows
+    of its width and 8 columns of its height; the head is trained beside it.
+    """
+    made = plan(BERT_BASE, A_LOT, "lora.r=8", task="text-classification", strategy="ddp").memory
+    added = 12 * 8 * (4 * (768 + 768) + 2 * (768 + 3072))
+    assert made.num_trained == added + 768 * 2 + 2
+
+
+def test_nobody_looks_at_the_model_of_an_evaluation(tmp_path):
+    config = load_config(file=None, flags={"nodes": 1}, overrides=[])
+    site, machines = assume(config.cluster, ROOMY)
+    nothing = JobMemory(architecture=None, why_not="nobody looked")
+    made = make_plan(config, machines, site, output_dir="", mode="eval", memory=nothing)
+    assert made.memory is None
+    assert made.memory_lines() == []
