@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.machine import Machine
 from ftlaunch.launcher.config import RunConfig
+from ftlaunch.launcher.job_memory import read_job_memory
 from ftlaunch.launcher.plan import LaunchPlan, make_plan
 from ftlaunch.launcher.site import Site
 from ftlaunch.strategies.adapter import adapter_folder
@@ -149,6 +150,7 @@ def plan_cell(
         assumed=assumed,
         family=family_of(config.model),
         is_adapter=adapter_folder(config.model) is not None,
+        memory=read_job_memory(config),
     )
     options = replace(
         plan.options, train=replace(plan.options.train, max_steps=None, eval_strategy="no")

@@ -32,6 +32,7 @@ from ftlaunch.launcher.bench_cells import (
     read_nodes,
     rounds,
 )
+from ftlaunch.launcher.bench_compare import ROUNDS, Comparison, peer_lines, read_peers
 from ftlaunch.launcher.bench_plot import can_plot, write_plot
 from ftlaunch.launcher.bench_report import (
     FORMAT_VERSION,
@@ -51,6 +52,7 @@ from ftlaunch.strategies.checkpoint.manifest import write_json
 from ftlaunch.strategies.data.demo import DEMO_OPTIONS
 from ftlaunch.strategies.model_config import looks_local
 
+_REPEATS = 3
 _GIT_SECONDS = 5.0
 _PLOT_HINT = "no plot was drawn: matplotlib is missing (pip install 'ftlaunch[bench]')"
 
@@ -58,11 +60,20 @@ _PLOT_HINT = "no plot was drawn: matplotlib is missing (pip install 'ftlaunch[be
 def bench(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
     """0: every cell was measured; 1: one has failed. UserError for a mistake in what was asked."""
     config, cells = _asked(arguments, flags)
+    peers = read_peers(arguments.compare)
+    if peers and not find_site(config.cluster, os.environ).is_one_machine:
+        raise UserError(
+            "--compare is for the nodes of one machine: peers are started here alone, not over ssh nor by "
+            "SLURM. Run it with --cluster local, or leave --compare out."
+        )
+    default = ROUNDS if peers else _REPEATS
+    repeats = config.bench.repeats or default
+    config = replace(config, bench=replace(config.bench, repeats=repeats))
     here = detect_machine(os.environ)
     # With --json stdout is for the result alone.
     with Console(sys.stderr if arguments.json else sys.stdout) as console:
         if arguments.dry_run:
-            console.plan(_plan_lines(config, cells, here))
+            console.plan(_plan_lines(config, cells, here, peers))
             console.say("dry run: nothing was started")
             return EXIT_DONE
         need_descriptors(max(cell.nodes for cell in cells))
@@ -72,7 +83,7 @@ def bench(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
             config = prepare_demo(config)
             if synthetic:
                 config = replace(config, data=replace(config.data, name_or_path=None))
-        benchmark = _Benchmark(config, cells, folder, here, console)
+        benchmark = _Benchmark(config, cells, peers, folder, here, console)
         return benchmark.run(sys.stdout if arguments.json else None)
 
 
@@ -151,7 +162,9 @@ def _make_folder(config: RunConfig) -> Path:
     return folder
 
 
-def _plan_lines(config: RunConfig, cells: Sequence[Cell], here: Machine) -> list[str]:
+def _plan_lines(
+    config: RunConfig, cells: Sequence[Cell], here: Machine, peers: Sequence[str]
+) -> list[str]:
     """A line for each cell. UserError when none of them can be run."""
     lines, mistakes = [], []
     least = min(cell.nodes for cell in cells)
@@ -185,6 +198,8 @@ def _plan_lines(config: RunConfig, cells: Sequence[Cell], here: Machine) -> list
         f"{len(cells)} cells, {asked.repeats} times each, in turn: {asked.warmup_steps} steps to warm up, "
         f"{asked.steps} that are measured"
     )
+    if peers:
+        lines.append(f"the same work by {', '.join(peers)} after each run")
     return lines
 
 
@@ -193,6 +208,7 @@ class _Benchmark:
         self,
         config: RunConfig,
         cells: Sequence[Cell],
+        peers: Sequence[str],
         folder: Path,
         here: Machine,
         console: Console,
@@ -202,6 +218,7 @@ class _Benchmark:
         self._folder = folder
         self._here = here
         self._console = console
+        self._comparison = Comparison(peers, folder)
         self._least = min(cell.nodes for cell in cells)
 
     def run(self, json_stream: TextIO | None) -> int:
@@ -216,7 +233,8 @@ class _Benchmark:
             raise UserError("\n".join(dict.fromkeys(result.why for result in results)))
         content = self._content(stopped)
         write_json(self._folder / "bench.json", content)
-        self._console.plan(table_lines(results))
+        peers = list(self._comparison.results.values())
+        self._console.plan([*table_lines(results), *peer_lines(results, peers)])
         if stopped:
             self._console.say("stopped before all was measured")
         self._console.say(f"results: {self._folder / 'bench.json'}")
@@ -225,12 +243,13 @@ class _Benchmark:
             print(json.dumps(content, indent=2), file=json_stream)
         if stopped:
             return EXIT_INTERRUPTED
-        return EXIT_FAILED if any(result.why for result in results) else EXIT_DONE
+        failed = [*(each.why for each in results), *(each.why for each in peers)]
+        return EXIT_FAILED if any(failed) else EXIT_DONE
 
     def _run_all(self) -> bool:
         """True when it was stopped."""
         runner = CellRunner(self._config, self._least, self._here)
-        order = rounds(list(self._results), self._config.bench.repeats)
+        order = rounds(list(self._results), self._config.bench.repeats or _REPEATS)
         site = find_site(self._config.cluster, os.environ)
         if site.is_one_machine and len({cell.nodes for cell in self._results}) > 1:
             self._console.say(
@@ -253,6 +272,9 @@ class _Benchmark:
                 return True
             said = result_lines(run_json(run.measured)) if run.measured else f"failed: {result.why}"
             self._console.say(f"{place}/{len(order)}  {cell.name}: {said}")
+            if run.measured is not None and run.plan is not None:
+                for line in self._comparison.run(cell, run.plan, run.measured, number):
+                    self._console.say(f"  {line}")
         return False
 
     def _content(self, stopped: bool) -> dict[str, Any]:
@@ -270,6 +292,7 @@ class _Benchmark:
             }
             | {"task": self._config.task},
             "cells": [cell_json(results, result) for result in results],
+            "peers": [peer.to_json() for peer in self._comparison.results.values()],
         }
 
     def _plot(self, results: Sequence[CellResult]) -> None:

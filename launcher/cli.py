@@ -34,6 +34,7 @@ _NOT_SETTINGS = (
     "fault",
     "json",
     "hardware",
+    "compare",
 )
 
 

@@ -245,7 +245,13 @@ def build_bench_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--steps", dest="bench.steps", metavar="N", help="that are measured (default: 20)")
     add("--warmup-steps", dest="bench.warmup_steps", metavar="N", help="before them (default: 5)")
-    add("--repeats", dest="bench.repeats", metavar="N", help="of each cell, in turn (default: 3)")
+    add(
+        "--repeats",
+        dest="bench.repeats",
+        metavar="N",
+        help="of each cell, in turn (3; 5 with --compare)",
+    )
+    add("--compare", metavar="PEER,PEER", help="beside these: hf, accelerate, torchrun, deepspeed")
     add("--dry-run", action="store_true", help="print the cells, start nothing")
     add("--json", action="store_true", help="print bench.json instead of lines")
     add("overrides", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.base import Batch, StepOutcome, Strategy
 from ftlaunch.strategies.data.sample_order import SampleOrder
-from ftlaunch.strategies.data.synthetic import make_tokens, read_lengths
+from ftlaunch.strategies.data.synthetic import synthetic_tokens
 from ftlaunch.strategies.data.token_cache import Tokens
 from ftlaunch.strategies.flops import read_shape, step_flops
 from ftlaunch.strategies.instruments import (
@@ -42,8 +42,6 @@ from ftlaunch.strategies.session import (
 
 # As many steps as this at most tell where the time goes.
 _SHARE_STEPS = 10
-# About those of sentences and short reviews.
-_LENGTHS = "lognormal:64:0.5"
 
 
 def measure(request: SessionRequest, *, emit: Callable[[Progress], None], stop: Stop) -> bool:
@@ -76,14 +74,7 @@ def _tokens(request: SessionRequest, alive: Callable[[], None]) -> Tokens:
     options = request.options
     if options.data.name_or_path is not None:
         return prepare(request, alive)
-    return make_tokens(
-        options.task,
-        read_model_config(options.model),
-        read_lengths(options.bench.lengths or _LENGTHS),
-        num_samples=options.bench.samples,
-        max_length=options.data.max_length,
-        seed=options.train.seed,
-    )
+    return synthetic_tokens(options)
 
 
 class _Measurement:

@@ -171,8 +171,8 @@ class BenchOptions:
     # Optimizer steps before those that count.
     warmup_steps: NonNegativeInt = 5
     steps: Annotated[int, Ge(2)] = 20
-    # Times that each cell is run, each with new ranks.
-    repeats: PositiveInt = 3
+    # Times that each cell is run, each with new ranks. None: 3, beside peers 5.
+    repeats: PositiveInt | None = None
     # Of random samples in place of data, in tokens (`strategies.data.synthetic.read_lengths`). None: the
     # demo's own data, and lognormal:64:0.5 for a model without data.
     lengths: int | str | None = None

@@ -109,6 +109,43 @@ def test_a_cell_that_fails_and_others_that_go_on(inputs, tmp_path):
     assert "mindspore-fp32-base-1 failed" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("nodes", "peers"),
+    [
+        pytest.param(1, ["torchrun"], id="torchrun"),
+        pytest.param(2, ["hf", "accelerate", "torchrun", "deepspeed"], marks=pytest.mark.long),
+    ],
+)
+def test_beside_peers(nodes, peers, inputs, tmp_path):
+    """The same samples by both sides, in turn; a ratio for each round."""
+    model, data = inputs
+    out = tmp_path / "out"
+    few = ["--steps", "3", "--warmup-steps", "1", "--repeats", "2", "--precision", "fp32"]
+    arguments = ["--model", model, "--dataset", data, "model.random_weights=true"]
+    result = ftlaunch(
+        "bench", "--nodes", nodes, "--compare", ",".join(peers), *few, *arguments, "-o", out
+    )
+    assert result.returncode == 0, said(result)
+    content = results_of(out)
+    [ours] = content["cells"]
+    assert [each["peer"] for each in content["peers"]] == peers
+    for each in content["peers"]:
+        assert each["failure"] is None
+        assert each["cell"] == ours["name"]
+        assert len(each["repeats"]) == 2
+        ratios = [
+            own["tokens_per_second"] / peer["tokens_per_second"]
+            for own, peer in zip(ours["repeats"], each["repeats"], strict=True)
+        ]
+        assert each["ratio"]["median"] == pytest.approx(sum(ratios) / 2)
+        for own, peer in zip(ours["repeats"], each["repeats"], strict=True):
+            assert peer["samples"] == own["num_samples"]
+            assert peer["tokens"] == own["num_tokens"]
+            assert peer["steps"] == 3
+    assert "ours / peer" in result.stdout
+    assert_no_process_left(out)
+
+
 def test_the_plot(tmp_path):
     pytest.importorskip("matplotlib", reason="the plot is drawn by matplotlib, an extra")
     from ftlaunch.launcher.bench_plot import write_plot
@@ -182,6 +219,9 @@ def test_a_stop_keeps_what_is_done(inputs, tmp_path):
         (["--hostfile", "HOSTS", "--nodes", "1,3"], ["--nodes 3", "2 hosts"]),
         (["-o", "FILE"], ["is a file"]),
         (["-o", "FULL"], ["not empty"]),
+        (["--compare", "hf,horovod"], ["horovod", "no peer", "torchrun"]),
+        (["--compare", "hf,hf"], ["--compare", "twice"]),
+        (["--compare", "hf", "--hostfile", "HOSTS"], ["--compare", "one machine"]),
         (["bench.stepps=3"], ["bench.stepps is not a key", "bench.steps"]),
         (["script.py"], ["script.py"]),
     ],

@@ -164,7 +164,7 @@ def test_the_flags_of_bench_are_frozen():
     """Those that say what a job is and where it runs, how often it is measured, and what is printed."""
     flags = {flag for action in build_bench_parser()._actions for flag in action.option_strings}
     of_running = {"--overwrite", "--max-restarts", "-m", "--version"}
-    own = {"--steps", "--warmup-steps", "--repeats", "--json"}
+    own = {"--steps", "--warmup-steps", "--repeats", "--json", "--compare"}
     assert flags == (FLAGS - of_running) | own
 
 

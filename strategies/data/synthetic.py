@@ -15,8 +15,12 @@ from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.data.tasks import UNSUPERVISED, TaskSpec
 from ftlaunch.strategies.data.token_cache import Tokens
 from ftlaunch.strategies.data.token_samples import TokenSample
+from ftlaunch.strategies.model_config import max_length_of, read_model_config
+from ftlaunch.strategies.options import JobOptions
 
 _DEFAULT_MAX_LENGTH = 512
+# About those of sentences and short reviews.
+_DEFAULT_LENGTHS = "lognormal:64:0.5"
 _SHORTEST = 2
 _NUM_LABELS = 2
 _LEARNED_SHARE = 0.15
@@ -129,6 +133,18 @@ class SyntheticTable:
         return generator.integers(0, _NUM_LABELS, len(ids)).astype(np.int32)
 
 
+def synthetic_tokens(options: JobOptions) -> Tokens:
+    """Those of a job without data. UserError as `make_tokens`."""
+    return make_tokens(
+        options.task,
+        read_model_config(options.model),
+        read_lengths(options.bench.lengths or _DEFAULT_LENGTHS),
+        num_samples=options.bench.samples,
+        max_length=options.data.max_length,
+        seed=options.train.seed,
+    )
+
+
 def make_tokens(
     task: str,
     config: Mapping[str, Any],
@@ -144,8 +160,6 @@ def make_tokens(
     max_length   of the job (data.max_length), None for the model's own, 512 at most
     UserError where the lengths are beyond the model's, or the configuration has no vocabulary.
     """
-    from ftlaunch.strategies.model_config import max_length_of
-
     limit = max_length_of(dict(config))
     longest = max_length or min(limit or _DEFAULT_MAX_LENGTH, _DEFAULT_MAX_LENGTH)
     if limit is not None and max(lengths.high, max_length or 0) > limit:
