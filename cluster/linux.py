@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import re
+import resource
 import signal
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -159,6 +160,24 @@ def kill_exactly(process: Process, number: int = signal.SIGKILL) -> None:
                 _signal_pidfd(descriptor, number)
         finally:
             os.close(descriptor)
+
+
+def limit_memory(process: Process, spare_bytes: int = 4 << 20) -> bool:
+    """Give this very process no more address space than it has now, but for a little, which saying that
+    there is none takes. False when it is gone, or another user's.
+    """
+    try:
+        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0])
+        limit = pages * os.sysconf("SC_PAGE_SIZE") + spare_bytes
+        if not _is_still(process):
+            return False
+        _, hard = resource.prlimit(process.pid, resource.RLIMIT_AS)
+        if hard != resource.RLIM_INFINITY:
+            limit = min(limit, hard)
+        resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, hard))
+    except (OSError, IndexError):
+        return False
+    return True
 
 
 def _is_still(process: Process) -> bool:

@@ -5,6 +5,7 @@ Only "failed" and "ending" are known here.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -19,17 +20,22 @@ LISTEN_FD_VARIABLE = "FTLAUNCH_LISTEN_FD"
 PRELOAD_VARIABLE = "FTLAUNCH_PRELOAD_SECONDS"
 
 _NO_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|not enough memory"
-    # MindSpore's words, on CPUs and on NPUs.
-    r"|allocate (device )?memory failed|memory (isn't|is not|not) enough",
+    r"out of memory|can('t|not) allocate memory|not enough memory|bad_alloc"
+    # CUDA's libraries and NCCL, which do not say it as torch does.
+    r"|_ALLOC_FAILED|failed to cuda [cm]alloc"
+    # MindSpore's words, on CPUs and on NPUs, and those of ACL and HCCL that it passes on.
+    r"|allocate (device )?memory failed|memory (isn't|is not|not) enough|memory malloc failed"
+    r"|memory_allocation_failure|failed to allocate (\w+ )*memory|rtmalloc fail|\bEL0004\b|\b207001\b",
     re.IGNORECASE,
 )
 
 
 def cause_of(error: BaseException) -> str:
-    """ "memory" where an allocation failed, by what Python and torch call it; else "exception"."""
+    """ "memory" where an allocation failed, by what Python and the frameworks call it; else "exception"."""
     # The class is torch's on an accelerator; on the CPU it is a RuntimeError that says so.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "memory"
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return "memory"
     if isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)):
         return "memory"

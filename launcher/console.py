@@ -20,6 +20,7 @@ from ftlaunch.strategies.progress import (
     Finished,
     Note,
     Progress,
+    Proved,
     Resumed,
     Saved,
     StepDone,
@@ -88,6 +89,8 @@ class Console:
         elif isinstance(message, Resumed):
             self._pace.restart()
             self.say(_resumed_line(message))
+        elif isinstance(message, Proved):
+            self.say(_proved_line(message))
         elif isinstance(message, Evaluated):
             self._flush_step()
             self.say(_evaluated_line(message))
@@ -321,6 +324,14 @@ def _decimal(value: Any) -> str:
 def _resumed_line(message: Resumed) -> str:
     where = one_line(message.checkpoint)
     return f"resumed after step {message.step:,} (epoch {message.epoch:.2f}): {where}"
+
+
+def _proved_line(message: Proved) -> str:
+    shapes = " and ".join(f"{rows:,} × {length:,} tokens" for rows, length in message.shapes)
+    return (
+        f"the largest micro-batch fits: {shapes}, {message.peak_memory_bytes / 2**30:.3g} GiB at most "
+        f"({duration(message.seconds)})"
+    )
 
 
 def _evaluated_line(message: Evaluated) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ftlaunch.cluster.verdict import Failure, Verdict, ranks_in_words
 from ftlaunch.launcher.console import Console
+from ftlaunch.strategies.progress import Proved
 
 
 def show_verdict(console: Console, verdict: Verdict) -> None:
@@ -35,6 +36,11 @@ def verdict_json(verdict: Verdict | None) -> dict[str, Any] | None:
             for each in verdict.consequences
         ],
     }
+
+
+def proof_to_json(proof: Proved | None) -> dict[str, Any] | None:
+    """The micro-batches that were computed before training, as they stand in summary.json."""
+    return None if proof is None else asdict(proof)
 
 
 def _failure_json(failure: Failure) -> dict[str, Any]:

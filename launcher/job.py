@@ -26,9 +26,16 @@ from ftlaunch.cluster.verdict import Failure, Verdict
 from ftlaunch.launcher.attempts import Timeline, run_attempts
 from ftlaunch.launcher.config import RunConfig
 from ftlaunch.launcher.console import Console
-from ftlaunch.launcher.ending import show_verdict, verdict_json
+from ftlaunch.launcher.ending import proof_to_json, show_verdict, verdict_json
 from ftlaunch.launcher.job_memory import JobMemory, read_job_memory
-from ftlaunch.launcher.micro_batch import halve_micro_batch
+from ftlaunch.launcher.micro_batch import (
+    can_halve,
+    fits_into,
+    halve_micro_batch,
+    size_in_words,
+    size_to_json,
+    without_memory,
+)
 from ftlaunch.launcher.npus import hccl_variables, with_rank_table
 from ftlaunch.launcher.opening import Opened, open_job
 from ftlaunch.launcher.output_folder import OWN_NAMES, OutputFolder, default_output_dir
@@ -49,6 +56,8 @@ from ftlaunch.strategies.progress import (
     DataReady,
     Finished,
     Phase,
+    PhaseName,
+    Proved,
     Resumed,
     Saved,
     Startup,
@@ -59,7 +68,7 @@ from ftlaunch.strategies.registry import entry
 
 Mode = Literal["train", "eval"]
 # What loading, evaluating and saving may take without a word, in stall timeouts.
-_PATIENCE = {"data": 6.0, "model": 3.0, "evaluate": 3.0, "save": 3.0, "train": 3.0}
+_PATIENCE = {"data": 6.0, "model": 3.0, "prove": 3.0, "evaluate": 3.0, "save": 3.0, "train": 3.0}
 
 
 @dataclass(slots=True)
@@ -73,6 +82,9 @@ class _Record:
     finished: Finished | None = None
     progressed: bool = False
     last_saved_step: int = 0
+    longest_sample: int = 0
+    phase: PhaseName = "data"
+    proof: Proved | None = None
     disk_error: OSError | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -248,17 +260,21 @@ class _Job:
             return self._policy.decide(
                 failure,
                 progressed=self._record.progressed,
-                can_halve=plan.micro_batch > 1,
+                can_halve=self._can_halve(plan),
                 goes_on=f"the checkpoint of step {step}" if step else "the beginning",
             )
 
         def on_restart(restart: Restart) -> None:
             nonlocal plan
+            why, sizes = restart.why, {}
             if restart.halves_micro_batch:
-                plan = halve_micro_batch(plan) or plan
+                phase = self._record.phase
+                before, plan = plan, halve_micro_batch(plan, phase) or plan
+                why += f" ({size_in_words(before, phase)} → {size_in_words(plan, phase)})"
+                sizes = {"before": size_to_json(before), "after": size_to_json(plan)}
             self._record.progressed = False
-            recorder.restarted(restart.why)
-            self._console.warn(restart.why)
+            recorder.restarted(why, **sizes)
+            self._console.warn(why)
 
         def reopen() -> None:
             nonlocal plan
@@ -267,8 +283,8 @@ class _Job:
                 return
             self._network = opened.network
             self._console.warn(f"going on with {opened.plan.num_nodes} nodes")
-            largest, plan = plan.micro_batch, opened.plan
-            while plan.micro_batch > largest and (half := halve_micro_batch(plan)):
+            earlier, plan = plan, opened.plan
+            while not fits_into(plan, earlier) and (half := halve_micro_batch(plan)):
                 # What did not fit into memory does not fit now.
                 plan = half
 
@@ -300,6 +316,7 @@ class _Job:
                 coordinator.give_up(f"the output folder cannot be written: {error.strerror}")
 
         self._allow(coordinator, "data")
+        self._record.phase = "data"
         self._timeline.add(f"{plan.world_size} ranks start")
         coordinator.on_tick = lambda: self._rehearsal.tick(coordinator, self._timeline)
         self._record.startup.ask()
@@ -320,6 +337,10 @@ class _Job:
                 on_stop=self._say_stopping,
                 stop_seconds=plan.cluster.stop_timeout_seconds,
             )
+
+    def _can_halve(self, plan: LaunchPlan) -> bool:
+        record = self._record
+        return can_halve(plan, phase=record.phase, longest_sample=record.longest_sample)
 
     def _say_stopping(self) -> None:
         what = "stopping"
@@ -348,21 +369,26 @@ class _Job:
             return
         if isinstance(message, Phase):
             self._allow(coordinator, message.name)
+            record.phase = message.name
             self._rehearsal.phase(message.name)
             return
         if isinstance(message, StepDone):
             self._allow(coordinator, "step")
             self._rehearsal.step(message.step)
+            record.phase = "train"
             record.first_step_at = record.first_step_at or time.monotonic()
             if not record.progressed:
                 self._timeline.add(f"step {message.step} is done")
             record.progressed = True
         elif isinstance(message, DataReady):
             record.data_seconds = message.seconds
+            record.longest_sample = message.longest_sample
             plan = json.loads((self._folder / "logs" / PLAN_OF_RANKS).read_bytes())
             write_json(self._folder / "plan.json", plan)
             # An earlier run's: should this one be killed, nothing is to tell of another end.
             (self._folder / "summary.json").unlink(missing_ok=True)
+        elif isinstance(message, Proved):
+            record.proof = message
         elif isinstance(message, Saved | Resumed):
             record.last_saved_step = message.step
         elif isinstance(message, Finished):
@@ -374,6 +400,9 @@ class _Job:
 
     def _finish(self, plan: LaunchPlan, outcome: Outcome, recorder: Recorder) -> int:
         verdict, code = self._judge(outcome)
+        if verdict is not None and verdict.first.cause == "memory" and not self._can_halve(plan):
+            title = f"{verdict.first.title}\n{without_memory(plan, self._record.phase)}"
+            verdict = replace(verdict, first=replace(verdict.first, title=title))
         summary = self._summary(plan, outcome, recorder, verdict, code)
         # A job that was refused leaves what the folder's own job has written.
         refused = code == EXIT_USER_MISTAKE and self._record.data_seconds is None
@@ -455,6 +484,9 @@ class _Job:
             "precision": plan.precision,
             "num_nodes": plan.num_nodes,
             "world_size": plan.world_size,
+            "micro_batch": plan.micro_batch,
+            "max_tokens_per_micro_batch": plan.max_tokens_per_micro_batch,
+            "proof": proof_to_json(record.proof),
             "optimizer_steps": finished.step if finished else totals.optimizer_steps,
             "epochs": finished.epoch if finished else totals.epochs,
             "samples_seen": totals.samples_seen,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ftlaunch.launcher.config import RunConfig
 from ftlaunch.launcher.layout import Reason
+from ftlaunch.strategies.progress import PhaseName
 
 if TYPE_CHECKING:
     from ftlaunch.launcher.plan import LaunchPlan
@@ -41,6 +43,7 @@ class MicroBatch:
     samples, tokens     in training; tokens are padded ones (samples times the longest), None for no
                         such bound
     eval_samples, eval_tokens   the same in evaluation
+    is_proven           the largest micro-batch is computed once before training
     accumulation        micro-batches of a rank in an optimizer step: so many, with a bound in tokens
                         at least so many
     reasons             for the plan
@@ -51,6 +54,7 @@ class MicroBatch:
     eval_samples: int
     eval_tokens: int | None
     accumulation: int
+    is_proven: bool
     reasons: tuple[Reason, ...]
 
 
@@ -93,6 +97,12 @@ def choose_micro_batch(
         why = f"padded tokens of a micro-batch at most ({tokens_origin}); a longer sample stands alone"
         reasons.append(Reason(choice="tokens", value=f"{tokens:,}", why=why))
     reasons.append(_accumulation(accumulation, tokens or None))
+    is_proven = train.prove_micro_batch
+    if is_proven is None:
+        is_proven = accelerator != "cpu"
+    if is_proven:
+        why = "one forward and backward of the largest micro-batch before training"
+        reasons.append(Reason(choice="proof", value="yes", why=why))
     eval_samples = train.per_device_eval_batch_size or _EVAL_FACTOR * samples
     return MicroBatch(
         samples=samples,
@@ -100,6 +110,7 @@ def choose_micro_batch(
         eval_samples=eval_samples,
         eval_tokens=_EVAL_FACTOR * tokens if tokens else None,
         accumulation=accumulation,
+        is_proven=is_proven,
         reasons=tuple(reasons),
     )
 
@@ -121,29 +132,40 @@ def _accumulation(accumulation: int, tokens: int | None) -> Reason:
     return Reason(choice="accumulation", value=str(accumulation), why=why)
 
 
-def halve_micro_batch(plan: LaunchPlan) -> LaunchPlan | None:
-    """The plan with half the memory for activations and the same global batch; None at one sample."""
-    evaluates = plan.mode == "eval"
-    before, tokens_before = plan.micro_batch, plan.max_tokens_per_micro_batch
-    if evaluates:
-        before, tokens_before = plan.eval_micro_batch, plan.eval_max_tokens
-    if before == 1:
+def can_halve(plan: LaunchPlan, *, phase: PhaseName, longest_sample: int) -> bool:
+    """Whether half of the micro-batch takes less memory.
+
+    phase            what was being done when memory ran out
+    longest_sample   tokens of the longest training sample, 0 where it is not known
+    """
+    if phase in ("data", "model"):
+        return False  # there was no micro-batch yet
+    if phase == "evaluate":
+        return plan.eval_micro_batch > 1
+    if plan.micro_batch == 1:
+        return False
+    tokens = plan.max_tokens_per_micro_batch
+    # The longest one stands alone already, and weighs more than any others together.
+    return tokens is None or not longest_sample or tokens > longest_sample
+
+
+def halve_micro_batch(plan: LaunchPlan, phase: PhaseName = "train") -> LaunchPlan | None:
+    """The plan with half the memory for activations and the same global batch; None at one sample.
+
+    Where memory ran out in an evaluation, training keeps what fits.
+    """
+    if plan.mode == "eval" or phase == "evaluate":
+        return _halve_evaluation(plan)
+    if plan.micro_batch == 1:
         return None
-    micro_batch, tokens = max(1, plan.micro_batch // 2), _half(plan.max_tokens_per_micro_batch)
-    share = math.ceil(plan.global_batch_size / plan.world_size)
-    accumulation = math.ceil(share / micro_batch)
-    same = "" if evaluates else "; the global batch is the same"
-    changed = {
-        "micro-batch": Reason(
-            choice="micro-batch",
-            value=str(before // 2),
-            why=f"half of {before}, for want of memory{same}",
-        ),
-        "accumulation": _accumulation(accumulation, tokens),
-    }
-    if tokens_before is not None:
-        why = f"half of {tokens_before:,}, for want of memory"
-        changed["tokens"] = Reason(choice="tokens", value=f"{_half(tokens_before):,}", why=why)
+    micro_batch, tokens = plan.micro_batch // 2, _half(plan.max_tokens_per_micro_batch)
+    accumulation = math.ceil(math.ceil(plan.global_batch_size / plan.world_size) / micro_batch)
+    same = "; the global batch is the same"
+    changed = [
+        _halved("micro-batch", plan.micro_batch, same),
+        _halved("tokens", plan.max_tokens_per_micro_batch),
+        _accumulation(accumulation, tokens),
+    ]
     return replace(
         plan,
         micro_batch=micro_batch,
@@ -151,9 +173,86 @@ def halve_micro_batch(plan: LaunchPlan) -> LaunchPlan | None:
         eval_micro_batch=max(1, plan.eval_micro_batch // 2),
         eval_max_tokens=_half(plan.eval_max_tokens),
         accumulation=accumulation,
-        reasons=tuple(changed.get(reason.choice, reason) for reason in plan.reasons),
+        reasons=_with(plan.reasons, changed),
     )
+
+
+def _halve_evaluation(plan: LaunchPlan) -> LaunchPlan | None:
+    if plan.eval_micro_batch == 1:
+        return None
+    changed = []
+    if plan.mode == "eval":
+        changed = [
+            _halved("micro-batch", plan.eval_micro_batch),
+            _halved("tokens", plan.eval_max_tokens),
+        ]
+    return replace(
+        plan,
+        eval_micro_batch=plan.eval_micro_batch // 2,
+        eval_max_tokens=_half(plan.eval_max_tokens),
+        reasons=_with(plan.reasons, changed),
+    )
+
+
+def _halved(choice: str, before: int | None, more: str = "") -> Reason | None:
+    if before is None:
+        return None
+    why = f"half of {before:,}, for want of memory{more}"
+    return Reason(choice=choice, value=f"{max(1, before // 2):,}", why=why)
+
+
+def _with(reasons: Sequence[Reason], changed: Sequence[Reason | None]) -> tuple[Reason, ...]:
+    """The reasons with those of the same choices exchanged."""
+    others = {reason.choice: reason for reason in changed if reason is not None}
+    return tuple(others.get(reason.choice, reason) for reason in reasons)
 
 
 def _half(tokens: int | None) -> int | None:
     return None if tokens is None else max(1, tokens // 2)
+
+
+def fits_into(plan: LaunchPlan, other: LaunchPlan) -> bool:
+    """Whether the plan's micro-batch is no larger than the other's."""
+    tokens = plan.max_tokens_per_micro_batch
+    other_tokens = other.max_tokens_per_micro_batch
+    fewer_tokens = other_tokens is None or (tokens is not None and tokens <= other_tokens)
+    return plan.micro_batch <= other.micro_batch and fewer_tokens
+
+
+def size_in_words(plan: LaunchPlan, phase: PhaseName) -> str:
+    """ "8 samples, 1,024 padded tokens": what is computed at once in that phase, at most."""
+    evaluates = plan.mode == "eval" or phase == "evaluate"
+    samples = plan.eval_micro_batch if evaluates else plan.micro_batch
+    tokens = plan.eval_max_tokens if evaluates else plan.max_tokens_per_micro_batch
+    words = f"{samples} sample{'s' if samples > 1 else ''}"
+    return words if tokens is None else f"{words}, {tokens:,} padded tokens"
+
+
+def size_to_json(plan: LaunchPlan) -> dict[str, int | None]:
+    """The same for events.jsonl."""
+    return {
+        "micro_batch": plan.micro_batch,
+        "max_tokens_per_micro_batch": plan.max_tokens_per_micro_batch,
+        "eval_micro_batch": plan.eval_micro_batch,
+        "eval_max_tokens": plan.eval_max_tokens,
+    }
+
+
+def without_memory(plan: LaunchPlan, phase: PhaseName) -> str:
+    """What to do where there is nothing to halve."""
+    options, is_torch = plan.options, plan.strategy != "mindspore"
+    loads, trains = phase in ("data", "model"), plan.mode == "train"
+    ways = [] if loads else ["lower data.max_length"]
+    if trains and is_torch:
+        if not (loads or options.model.gradient_checkpointing):
+            ways.append("set model.gradient_checkpointing=true")
+        if plan.strategy != "zero3":
+            ways.append("use --strategy zero3, which divides the model among the ranks")
+        if options.deepspeed.offload != "cpu":
+            ways.append("set deepspeed.offload=cpu with zero1, zero2 or zero3")
+        if options.lora.r is None:
+            ways.append("train an adapter (lora.r=16)")
+    ways.append("take a smaller model or devices with more memory")
+    what = "The model by itself" if loads else "One sample at a time"
+    listed = " or ".join([", ".join(ways[:-1]), ways[-1]] if len(ways) > 1 else ways)
+    return f"{what} does not fit into the memory: {listed}."

@@ -53,6 +53,7 @@ class LaunchPlan:
     max_tokens_per_micro_batch: int | None
     eval_micro_batch: int
     eval_max_tokens: int | None
+    prove_micro_batch: bool
     accumulation: int
     threads_per_rank: int
     start_method: StartMethod
@@ -159,6 +160,7 @@ def make_plan(
         max_tokens_per_micro_batch=chosen.tokens,
         eval_micro_batch=chosen.eval_samples,
         eval_max_tokens=chosen.eval_tokens,
+        prove_micro_batch=chosen.is_proven,
         accumulation=chosen.accumulation,
         threads_per_rank=layout.threads_per_rank,
         start_method=layout.start_method,

@@ -25,6 +25,7 @@ from ftlaunch.strategies.progress import (
     Finished,
     Note,
     Progress,
+    Proved,
     Resumed,
     Saved,
     StepDone,
@@ -126,6 +127,13 @@ class Recorder:
                 epoch=message.epoch,
                 checkpoint=message.checkpoint,
             )
+        elif isinstance(message, Proved):
+            self._happened(
+                "proved",
+                shapes=[list(shape) for shape in message.shapes],
+                seconds=message.seconds,
+                peak_memory_bytes=message.peak_memory_bytes,
+            )
         elif isinstance(message, DataReady):
             self._handle_data(message)
         elif isinstance(message, Note):
@@ -140,10 +148,10 @@ class Recorder:
         self._recall()
         self._scalars.rewind(step)
 
-    def restarted(self, reason: str) -> None:
-        """A new attempt begins; `reason` is what ended the one before."""
+    def restarted(self, reason: str, **changes: Any) -> None:
+        """A new attempt begins; `reason` is what ended the one before, `changes` what is other now."""
         self._restarts += 1
-        self._happened("restarted", reason=reason)
+        self._happened("restarted", reason=reason, **changes)
 
     def totals(self) -> Totals:
         run = self._running

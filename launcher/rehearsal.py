@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ftlaunch.cluster.errors import UserError
-from ftlaunch.cluster.linux import Process, kill_exactly, read_process
+from ftlaunch.cluster.linux import Process, kill_exactly, limit_memory, read_process
 from ftlaunch.launcher.attempts import Timeline
 
 # What each fault does, for the help and for the error message.
@@ -22,11 +22,13 @@ KINDS = {
     "kill-agent": "SIGKILL for the agent of node N",
     "hang-node": "SIGSTOP for the agent and the ranks of node N: it vanishes without a word",
     "kill-fork-server": "SIGKILL for the fork server of node N",
+    "memory-limit": "rank N gets no more memory than it has: its next larger allocation fails",
     "interrupt": "Ctrl-C for the job",
     "terminate": "SIGTERM for the job",
 }
+_OF_RANKS = ("kill-rank", "stop-rank", "crash-rank", "memory-limit")
 _WITHOUT_TARGET = ("interrupt", "terminate")
-_PHASES = ("data", "model", "train", "evaluate", "save")
+_PHASES = ("data", "model", "prove", "train", "evaluate", "save")
 _PATTERN = re.compile(r"([a-z-]+)(?::(\d{1,6}))?@(?:step(\d{1,9})|(\d{1,6}(?:\.\d+)?)s|([a-z]+))")
 
 
@@ -121,9 +123,7 @@ def check_faults(
                 f"--fault {fault}: what a script is doing is not known, so its moment has to be a "
                 f"time, such as {fault.kind}:{fault.target}@20s."
             )
-        number, what = (
-            (world_size, "ranks") if fault.kind.endswith("-rank") else (num_nodes, "nodes")
-        )
+        number, what = (world_size, "ranks") if fault.kind in _OF_RANKS else (num_nodes, "nodes")
         if fault.target >= number:
             raise UserError(
                 f"--fault {fault}: the job has {number} {what}, numbered from 0 to {number - 1}."
@@ -142,6 +142,9 @@ def check_site(faults: Sequence[Fault], *, is_one_machine: bool) -> None:
 
 def _do(fault: Fault, processes: Processes) -> bool:
     """False when the process is not there (yet)."""
+    if fault.kind == "memory-limit":
+        process = processes.ranks.get(fault.target)
+        return process is not None and limit_memory(process)
     victims, number = _victims(fault, processes)
     found = [process for process in victims if process is not None]
     for process in found:

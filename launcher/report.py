@@ -294,6 +294,17 @@ def _skipped_text(event: Table) -> str:
     return f"overflow in {event.get('culprit') or 'a gradient'}{at}"
 
 
+def _proved_text(event: Table) -> str:
+    shapes = event.get("shapes")
+    sizes = [
+        f"{shape[0]} × {shape[1]} tokens"
+        for shape in (shapes if isinstance(shapes, list) else ())
+        if isinstance(shape, list) and len(shape) == 2
+    ]
+    memory = _amount(event, "peak_memory_bytes") / 2**30
+    return f"the largest micro-batch fits: {' and '.join(sizes)}, {memory:.3g} GiB at most"
+
+
 def _data_text(event: Table) -> str:
     return (
         f"{_amount(event, 'num_train_samples'):,.0f} training and "
@@ -302,12 +313,18 @@ def _data_text(event: Table) -> str:
     )
 
 
-_EVENT_NAMES = {"data_ready": "data", "evaluated": "evaluation", "saved": "checkpoint"}
+_EVENT_NAMES = {
+    "data_ready": "data",
+    "evaluated": "evaluation",
+    "saved": "checkpoint",
+    "proved": "memory",
+}
 _EVENT_TEXTS = {
     "data_ready": _data_text,
     "evaluated": _evaluated_text,
     "saved": lambda event: str(event.get("path")),
     "skipped": _skipped_text,
+    "proved": _proved_text,
     "resumed": lambda event: f"from {event.get('checkpoint')}",
     "restarted": lambda event: str(event.get("reason")),
     "note": lambda event: str(event.get("text")),

@@ -70,6 +70,9 @@ def main() -> int:
         pipe.send(failure_payload("job", str(error), ""))
         traceback.print_exc()
     except BaseException as error:  # noqa: BLE001 - whatever ends a rank has to be told
+        if cause_of(error) == "memory":
+            # Telling takes memory, too: what the frames hold is given back first.
+            traceback.clear_frames(error.__traceback__)
         text = traceback.format_exc()
         title = f"{type(error).__name__}: {error}".strip(": ")
         pipe.send(failure_payload(cause_of(error), title, text))
@@ -109,6 +112,7 @@ def _run(pipe: RankPipe, plan_path: Path) -> int:
             max_tokens=plan.max_tokens_per_micro_batch,
             eval_micro_batch=plan.eval_micro_batch,
             eval_max_tokens=plan.eval_max_tokens,
+            prove_micro_batch=plan.prove_micro_batch,
             num_threads=plan.threads_per_rank,
             timeout_seconds=plan.cluster.collective_timeout_seconds,
             world=world,

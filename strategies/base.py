@@ -161,6 +161,15 @@ class Strategy(Protocol):
     def accumulate(self, batch: Batch, total_items: float, *, last: bool) -> None:
         """Collective if `last`: forward and backward of this rank's share of the global mean loss."""
 
+    def prove(self, batch: Batch, *, accumulates: bool) -> None:
+        """Collective, before the first `accumulate`: forward and backward of the batch with all else in
+        memory that a step has there (gradients, moments), to see whether there is room.
+
+        accumulates   a step may have several micro-batches
+
+        Gradients, optimizer, random numbers, loss scale and weights are afterwards what they were.
+        """
+
     def apply(self, learning_rate: float, *, stop: bool, saving: float) -> StepOutcome:
         """Collective: agree on overflow, clip, step, clear the gradients.
 

@@ -86,6 +86,8 @@ class TrainOptions:
     global_batch_size: PositiveInt = 32
     # Upper bound of a micro-batch; None lets the plan choose.
     per_device_train_batch_size: PositiveInt | None = None
+    # Compute the largest micro-batch once before training. None: on accelerators.
+    prove_micro_batch: bool | None = None
     # Padded tokens of a micro-batch at most; 0: no such bound, None lets the plan choose.
     max_tokens_per_micro_batch: NonNegativeInt | None = None
     per_device_eval_batch_size: PositiveInt | None = None

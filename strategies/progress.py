@@ -5,16 +5,19 @@ Nothing here knows how they travel (`cluster.events`) or how they are shown (`la
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-PhaseName = Literal["data", "model", "train", "evaluate", "save"]
+PhaseName = Literal["data", "model", "prove", "train", "evaluate", "save"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReady:
-    """The tokens are there. Sent once by rank 0; `notes` are lines for the user (guessed columns, …)."""
+    """The tokens are there. Sent once by rank 0; `notes` are lines for the user (guessed columns, …).
+
+    longest_sample   tokens of the longest training sample; 0 where there is none
+    """
 
     kind: ClassVar[str] = "data_ready"
     num_train_samples: int
@@ -23,6 +26,7 @@ class DataReady:
     total_steps: int
     seconds: float
     notes: tuple[str, ...]
+    longest_sample: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +37,19 @@ class Resumed:
     step: int
     epoch: float
     checkpoint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proved:
+    """The largest micro-batches fit into memory: (samples, padded length) of each that was computed.
+
+    peak_memory_bytes   the most that a rank had held by then
+    """
+
+    kind: ClassVar[str] = "proved"
+    shapes: Sequence[Sequence[int]]
+    seconds: float
+    peak_memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +189,7 @@ class Finished:
 Progress = (
     DataReady
     | Resumed
+    | Proved
     | StepDone
     | Startup
     | Evaluated

@@ -50,6 +50,7 @@ from ftlaunch.strategies.progress import (
     Phase,
     Progress,
 )
+from ftlaunch.strategies.proof import longest_sample
 from ftlaunch.strategies.startup import Stages
 from ftlaunch.strategies.token_evaluation import TokenEvaluator, choose_metrics
 from ftlaunch.strategies.training import RunSettings, TrainingRun
@@ -90,6 +91,7 @@ class SessionRequest:
     eval_max_tokens: int | None = None
     stages: Stages = field(default_factory=Stages)
     preload_seconds: float = 0.0
+    prove_micro_batch: bool = False
 
 
 def train(request: SessionRequest, *, emit: Callable[[Progress], None], stop: Stop) -> bool:
@@ -123,6 +125,7 @@ def train(request: SessionRequest, *, emit: Callable[[Progress], None], stop: St
         precision=request.precision,
         micro_batch=request.micro_batch,
         max_tokens=request.max_tokens,
+        prove_micro_batch=request.prove_micro_batch,
         identity=identity,
         tokenizer_files=tokenizer_files(locate_tokenizer(_tokenizer_source(options))),
     )
@@ -323,6 +326,7 @@ def _data_ready(request: SessionRequest, tokens: Tokens, started: float) -> Data
         total_steps=total_steps(request.options, tokens),
         seconds=time.perf_counter() - started,
         notes=tokens.notes,
+        longest_sample=longest_sample(tokens.train),
     )
 
 

@@ -6,6 +6,7 @@ numbers behind `Strategy`. Every rank runs this with the same decisions.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -45,11 +46,13 @@ from ftlaunch.strategies.progress import (
     Note,
     Phase,
     Progress,
+    Proved,
     Resumed,
     Saved,
     Startup,
     StepDone,
 )
+from ftlaunch.strategies.proof import prove
 from ftlaunch.strategies.schedule import make_schedule
 from ftlaunch.strategies.startup import Stages
 
@@ -66,6 +69,7 @@ class RunSettings:
     identity: dict[str, Any]
     tokenizer_files: tuple[Path, ...]
     max_tokens: int | None = None
+    prove_micro_batch: bool = False
 
 
 class TrainingRun:
@@ -140,6 +144,8 @@ class TrainingRun:
         """Collective: train to the end or to a stop; the job's last message."""
         self._stages.begin("resuming")
         self._resume()
+        if self._settings.prove_micro_batch and not self._is_over:
+            self._prove()
         self._emit(Phase(name="train"))
         self._stages.begin("first batch")
         started = time.perf_counter()
@@ -167,6 +173,30 @@ class TrainingRun:
         self._emit(Phase(name="save"))
         model_dir = self._write_model()
         return self._finished(seconds, stopped=False, reason=reason, model_dir=model_dir)
+
+    @property
+    def _is_over(self) -> bool:
+        return self._best.exhausted or self._cursor.step >= self._total_steps
+
+    def _prove(self) -> None:
+        """Collective: see whether the largest micro-batch fits, while nothing is lost if it does not."""
+        self._emit(Phase(name="prove"))
+        settings, windows = self._settings, self._windows
+        share = math.ceil(windows.order.global_batch_size / windows.world_size)
+        proof = prove(
+            self._strategy,
+            windows.collator,
+            micro_batch=settings.micro_batch,
+            max_tokens=settings.max_tokens,
+            accumulates=share > settings.micro_batch or settings.max_tokens is not None,
+        )
+        self._emit(
+            Proved(
+                shapes=proof.shapes,
+                seconds=proof.seconds,
+                peak_memory_bytes=proof.peak_memory_bytes,
+            )
+        )
 
     # -- between steps ----------------------------------------------------------------------
 

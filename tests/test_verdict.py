@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -80,6 +81,14 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory"),
         (RuntimeError("Allocate memory failed, size [412316860416]"), "memory"),
         (RuntimeError("Memory not enough: Device(id:0) memory isn't enough"), "memory"),
+        (RuntimeError("std::bad_alloc"), "memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "memory"),
+        (RuntimeError("NCCL: Failed to CUDA calloc 6291456 bytes"), "memory"),
+        (RuntimeError("Memory_Allocation_Failure(EL0004): Failed to allocate"), "memory"),
+        (RuntimeError("Failed to allocate device memory"), "memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "exception"),
+        (RuntimeError("Failed to allocate a port"), "exception"),
         (ValueError("out of memory"), "exception"),
         (RuntimeError("shape mismatch"), "exception"),
     ],

@@ -27,9 +27,14 @@ from ftlaunch.strategies.base import (
 )
 from ftlaunch.strategies.loss_scale import LossScaler
 from ftlaunch.strategies.mindspore.adamw import MOMENTS, AdamW
-from ftlaunch.strategies.mindspore.dropout import make_dropout_stateless, seed_dropout
+from ftlaunch.strategies.mindspore.dropout import (
+    make_dropout_stateless,
+    seed_dropout,
+    without_trace,
+)
 from ftlaunch.strategies.mindspore.forward import (
     CUT_AT_PADDING,
+    bucket,
     check_padding_inside,
     logits_of,
     pad_to_buckets,
@@ -117,11 +122,25 @@ class MindSporeDataParallel:
         )
         self._gradients: list[Any] | None = None
         self._window_loss = 0.0
-        # The most rows of a micro-batch so far, in training and in evaluation: an NPU sees all in
-        # that shape.
-        self._most_rows = {"train": 0, "eval": 0}
+        # The most rows of a micro-batch so far, in training and in evaluation, by padded length.
+        self._most_rows: dict[str, dict[int, int]] = {"train": {}, "eval": {}}
 
     # -- the step ---------------------------------------------------------------------------
+
+    def prove(self, batch: Batch, *, accumulates: bool) -> None:
+        self.model.set_train(True)
+        # What a step has beside the gradients of a micro-batch: moments, and sums of gradients.
+        copies = (0 if self._optimizer.moments else len(MOMENTS)) + accumulates
+        held = [ops.zeros_like(p) for _, p in self._trained for _ in range(copies)]
+        with without_trace():
+            seed_dropout(batch.seed)
+            (_, loss_sum), gradients = self._differentiate(
+                self._in_known_shape(batch, "train"), self._scaler.scale
+            )
+            # On NPUs the calls return before anything is computed.
+            loss_sum.asnumpy()
+            gradients[0].asnumpy()
+        del held
 
     def accumulate(self, batch: Batch, total_items: float, *, last: bool) -> None:
         self.model.set_train(True)
@@ -145,7 +164,11 @@ class MindSporeDataParallel:
             check_padding_inside(batch, self._pad_token_id)
         if self._accelerator == "cpu":
             return batch
-        rows = self._most_rows[mode] = max(self._most_rows[mode], len(batch.labels))
+        length = bucket(batch.inputs["input_ids"].shape[1])
+        seen = self._most_rows[mode]
+        # Of few shapes: as many rows as longer ones had. Shorter ones may have had more than fit.
+        rows = max([len(batch.labels), *(n for longer, n in seen.items() if longer >= length)])
+        seen[length] = rows
         return pad_to_buckets(
             batch, rows=rows, pad_token_id=self._pad_token_id, max_length=self._max_length
         )
@@ -227,10 +250,10 @@ class MindSporeDataParallel:
 
     def _unflatten(self, buckets: Sequence[Any]) -> list[Any]:
         gradients = []
-        for bucket, (first, end) in zip(buckets, self._bucket_ends(), strict=True):
+        for flat_bucket, (first, end) in zip(buckets, self._bucket_ends(), strict=True):
             position = 0
             for _, parameter in self._trained[first:end]:
-                flat = bucket[position : position + parameter.size]
+                flat = flat_bucket[position : position + parameter.size]
                 gradients.append(flat.reshape(tuple(parameter.shape)))
                 position += parameter.size
         return gradients

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import mindspore as ms
@@ -22,6 +24,17 @@ def seed_dropout(seed: int) -> None:
     """Before each micro-batch. MindSpore's own generator serves where it has the kernel."""
     ms.manual_seed(seed % _MAX_SEED)
     _Masks.generator = np.random.Generator(np.random.SFC64(seed))
+
+
+@contextlib.contextmanager
+def without_trace() -> Iterator[None]:
+    """Random numbers are afterwards what they were."""
+    generator, state = _Masks.generator, ms.get_rng_state()
+    try:
+        yield
+    finally:
+        _Masks.generator = generator
+        ms.set_rng_state(state)
 
 
 def draw_mask(shape: tuple[int, ...], p: float) -> NDArray[np.float32]:

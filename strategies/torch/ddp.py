@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from ftlaunch.strategies.torch.lora import has_adapter
 from ftlaunch.strategies.torch.losses import LOSSES
 from ftlaunch.strategies.torch.model import aliases_of, load_model, model_files
 from ftlaunch.strategies.torch.output_head import OutputHead
+from ftlaunch.strategies.torch.proof import taken, without_trace
 from ftlaunch.strategies.torch.slices import copy_whole, own_share
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -63,6 +64,8 @@ class TorchDataParallel:
         self.model = model
         self.device = device
         self._wrapped: Any = None
+        # Whether some parameter has no gradient; None: not looked for yet.
+        self._has_unused: bool | None = None
         self._forward = Forward(
             device=device,
             autocast=request.precision,
@@ -101,6 +104,30 @@ class TorchDataParallel:
         return isinstance(self._wrapped, DistributedDataParallel)
 
     # -- the step ---------------------------------------------------------------------------
+
+    def prove(self, batch: Batch, *, accumulates: bool) -> None:
+        assert self._wrapped is None, "the reducer has seen gradients"
+        parameters = [p for _, p in self._named]
+        alone = self.world.size == 1
+        used: set[torch.Tensor] = set()
+        with without_trace(self.model, self.device), contextlib.ExitStack() as stack:
+            stack.callback(self._optimizer.zero_grad, set_to_none=True)
+            for parameter in parameters:
+                hook = cast(Any, parameter).register_post_accumulate_grad_hook(used.add)
+                stack.callback(hook.remove)
+            fresh = [p for p in parameters if p not in self._optimizer.state]
+            held = taken(fresh, times=len(_MOMENTS))
+            if accumulates or not alone:
+                # DDP's buckets, or what a micro-batch before this one has left.
+                for parameter in parameters:
+                    parameter.grad = torch.zeros_like(parameter)
+            if accumulates and not alone:
+                # Until the first exchange gradients are not yet those in the buckets.
+                held += taken(parameters)
+            self._forward.set_training(self.model, True)
+            loss_sum = self._forward.loss_sum(self.model, batch)
+            torch.autograd.backward(loss_sum * self._scaler.scale)
+        self._has_unused = len(used) < len(parameters)
 
     def accumulate(self, batch: Batch, total_items: float, *, last: bool) -> None:
         if self._wrapped is None:
@@ -170,20 +197,22 @@ class TorchDataParallel:
         return None
 
     def _wrap(self, batch: Batch) -> Any:
-        """DDP around the model. One backward pass beforehand shows whether a parameter is unused,
-        which DDP has to be told: looking for them in every step would cost, not looking would hang.
+        """DDP around the model. One backward pass beforehand, the proof's or one here, shows whether a
+        parameter is unused, which DDP has to be told: looking for them in every step would cost, not
+        looking would hang.
         """
         if self.world.size == 1:
             return self.model
-        self._forward.set_training(self.model, True)
-        torch.autograd.backward(self._forward.loss_sum(self.model, batch))
-        unused = any(p.grad is None for _, p in self._named)
-        self._optimizer.zero_grad(set_to_none=True)
+        if self._has_unused is None:
+            self._forward.set_training(self.model, True)
+            torch.autograd.backward(self._forward.loss_sum(self.model, batch))
+            self._has_unused = any(p.grad is None for _, p in self._named)
+            self._optimizer.zero_grad(set_to_none=True)
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         arguments: dict[str, Any] = {
             "device_ids": device_ids,
             "gradient_as_bucket_view": True,
-            "find_unused_parameters": unused,
+            "find_unused_parameters": self._has_unused,
             **_without_buffer_sync(),
         }
         return DistributedDataParallel(self.model, **arguments)

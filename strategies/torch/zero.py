@@ -38,6 +38,7 @@ from ftlaunch.strategies.torch.group import (
 from ftlaunch.strategies.torch.losses import LOSSES
 from ftlaunch.strategies.torch.model import aliases_of, load_model, model_files
 from ftlaunch.strategies.torch.output_head import OutputHead
+from ftlaunch.strategies.torch.proof import taken, without_trace
 from ftlaunch.strategies.torch.zero_state import ZeroState
 
 
@@ -192,6 +193,17 @@ class TorchZero:
         self._window_loss = torch.zeros((), dtype=torch.float64, device=device)
 
     # -- the step ---------------------------------------------------------------------------
+
+    def prove(self, batch: Batch, *, accumulates: bool) -> None:
+        held = taken(self._state.without_moments(), times=2)
+        with without_trace(self._engine.module, self.device):
+            self._forward.set_training(self._engine, True)
+            # As of a micro-batch that another one follows: all its memory, and nothing is stepped.
+            self._engine.set_gradient_accumulation_boundary(False)
+            loss_sum = self._forward.loss_sum(self._engine, batch)
+            self._engine.backward(loss_sum, scale_wrt_gas=False)
+            self._state.drop_gradients()
+        del held
 
     def accumulate(self, batch: Batch, total_items: float, *, last: bool) -> None:
         self._forward.set_training(self._engine, True)

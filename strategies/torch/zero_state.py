@@ -99,6 +99,26 @@ class ZeroState:
                 found.append(piece.name)
         return tuple(found)
 
+    def without_moments(self) -> list[torch.Tensor]:
+        """The flat vectors for which the optimizer will make moments in its first step."""
+        flats = {id(p.flat): p.flat for p in self._pieces() if not self._moments(p)}
+        return list(flats.values())
+
+    def drop_gradients(self) -> None:
+        """Forget what was accumulated since the last step, as a step does once it is done."""
+        optimizer = self._optimizer
+        optimizer.zero_grad(set_to_none=True)
+        optimizer._epilogue_ran_this_backward = False
+        if self._stage == 3:
+            optimizer.averaged_gradients = {}
+            optimizer._offload_boundary_param_ids = set()
+            return
+        optimizer.micro_step_id = -1
+        optimizer.averaged_gradients.clear()
+        optimizer.all_grad_tensors.clear()
+        if optimizer.cpu_offload:
+            optimizer._offload_accumulated_param_ids = set()
+
     # -- reading ----------------------------------------------------------------------------
 
     def slices(self) -> Iterator[TensorSlice]:
