@@ -312,7 +312,9 @@ class _Chooser:
     ) -> tuple[Reason, ...]:
         reasons = plain.reasons
         if self._asked is None and chosen.strategy != self._usual:
-            why = _PARTS[chosen.strategy].format(self._layout.world_size)
+            why = "weights that compute stand beside masters in fp32"
+            if self._layout.world_size > 1:
+                why = _PARTS[chosen.strategy].format(self._layout.world_size)
             why += _passed_over(rows[: rows.index(chosen)], self._room.usable)
             reasons = (Reason(choice="strategy", value=chosen.strategy, why=why),)
         if chosen.gradient_checkpointing and not self._config.model.gradient_checkpointing:
@@ -369,7 +371,7 @@ def _work(config: RunConfig, layout: Layout, memory: JobMemory) -> Work:
         share=math.ceil(train.global_batch_size / layout.world_size),
         rows=rows,
         fixed=train.per_device_train_batch_size is not None
-        or bool(train.max_tokens_per_micro_batch),
+        or train.max_tokens_per_micro_batch is not None,
         attention=config.model.attn_implementation,
     )
 
