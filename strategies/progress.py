@@ -6,7 +6,7 @@ Nothing here knows how they travel (`cluster.events`) or how they are shown (`la
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
 PhaseName = Literal["data", "model", "prove", "train", "evaluate", "save"]
@@ -203,8 +203,14 @@ Progress = (
 _KINDS: dict[str, type[Any]] = {cls.kind: cls for cls in get_args(Progress)}
 
 
+# Not asdict, which copies every value.
+_FIELDS = {cls: tuple(field.name for field in fields(cls)) for cls in _KINDS.values()}
+
+
 def to_dict(message: Progress) -> dict[str, Any]:
-    return {"kind": message.kind, **asdict(message)}
+    """Its values are the message's own."""
+    names = _FIELDS[type(message)]
+    return {"kind": message.kind, **{name: getattr(message, name) for name in names}}
 
 
 def from_dict(payload: Mapping[str, Any]) -> Progress:

@@ -7,6 +7,7 @@ Its numbers are part of every checkpoint's meaning: a change would break all cur
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 
 _ROUNDS = 6
 _MASK64 = (1 << 64) - 1
+# So many positions are permuted together, at least a global batch.
+_AT_ONCE = 1024
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -61,6 +64,13 @@ def permute(
     return values.astype(np.int64)
 
 
+@functools.lru_cache(maxsize=2)
+def _permuted(first: int, size: int, num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The samples of several steps: numpy takes nearly as long for the few of one."""
+    positions = np.arange(first, min(first + size, num_samples))
+    return permute(positions, num_samples, seed=seed, epoch=epoch)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleOrder:
     """The order of `num_samples` samples in global batches of `global_batch_size`.
@@ -87,9 +97,13 @@ class SampleOrder:
     def global_batch(self, step: int) -> NDArray[np.int64]:
         """The sample numbers of optimizer step `step`, counted from 0 over all epochs."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        first = step_in_epoch * self.global_batch_size
-        last = min(first + self.global_batch_size, self.num_samples)
-        return permute(np.arange(first, last), self.num_samples, seed=self.seed, epoch=epoch)
+        steps = max(1, _AT_ONCE // self.global_batch_size)
+        block, step_in_block = divmod(step_in_epoch, steps)
+        size = steps * self.global_batch_size
+        samples = _permuted(block * size, size, self.num_samples, self.seed, epoch)
+        first = step_in_block * self.global_batch_size
+        own: NDArray[np.int64] = samples[first : first + self.global_batch_size].copy()
+        return own
 
     def epochs_after(self, num_steps: int) -> float:
         """Passes over the data after `num_steps` steps: 1.5 is the middle of the second epoch."""

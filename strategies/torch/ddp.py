@@ -145,14 +145,9 @@ class TorchDataParallel:
     def apply(self, learning_rate: float, *, stop: bool, saving: float) -> StepOutcome:
         gradients = [p.grad for _, p in self._named if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).to(torch.float64)
-        shared = torch.stack(
-            [
-                self._window_loss,
-                (~torch.isfinite(norm)).to(torch.float64),
-                torch.tensor(float(stop), dtype=torch.float64, device=self.device),
-                torch.tensor(saving, dtype=torch.float64, device=self.device),
-            ]
-        )
+        found = torch.stack([self._window_loss, (~torch.isfinite(norm)).to(torch.float64)])
+        said = torch.tensor([float(stop), saving], dtype=torch.float64)
+        shared = torch.cat([found, said.to(self.device, non_blocking=True)])
         if self.world.size > 1:
             dist.all_reduce(shared)
         loss, overflows, stops, saving = shared.tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ class Forward:
     autocast: str
     loss: LossSum
     head: OutputHead | None = None
+    # By the model's id, which lives as long as its strategy. None gets modules once it is trained.
+    _modules: dict[int, tuple[torch.nn.Module, ...]] = field(default_factory=dict)
 
     def loss_sum(self, model: Any, batch: Batch) -> torch.Tensor:
         """The weighted sum over the rows of the micro-batch, fp32."""
@@ -70,7 +72,11 @@ class Forward:
         return chosen, self._moved(batch.weights.reshape(-1)[positions])
 
     def _moved(self, values: NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+        tensor = torch.from_numpy(values)
+        if self.device.type == "cpu":
+            return tensor
+        # From pinned memory the copy runs beside us; from any other nothing is asynchronous.
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         inputs: dict[str, Any] = {
@@ -134,10 +140,16 @@ class Forward:
         losses, winners = scores.reshape(2, *batch.labels.shape)
         return TokenScores(losses=losses, winners=winners.astype(np.int64))
 
-    @staticmethod
-    def set_training(model: Any, training: bool) -> None:
+    def set_training(self, model: Any, training: bool) -> None:
         """Of every module: what wraps a model need not know what it is set to, as DeepSpeed's engine
         does not, and a pretrained model comes as it is evaluated.
         """
-        if any(module.training != training for module in model.modules()):
+        if any(module.training != training for module in self._modules_of(model)):
             model.train(training)
+
+    def _modules_of(self, model: Any) -> tuple[torch.nn.Module, ...]:
+        """Found once: to walk through a model of 12 layers takes as long as to collate a micro-batch."""
+        known = self._modules.get(id(model))
+        if known is None:
+            known = self._modules[id(model)] = tuple(model.modules())
+        return known
