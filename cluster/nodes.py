@@ -13,7 +13,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ftlaunch.cluster.events import Command, Event, Ping, Signalled, Suspend, decode_event
+from ftlaunch.cluster.events import (
+    Command,
+    Event,
+    Ping,
+    Signalled,
+    Suspend,
+    decode_event,
+    encode_command,
+)
 from ftlaunch.cluster.fork_link import JOB_VARIABLE
 from ftlaunch.cluster.linux import kill_exactly, processes_with
 from ftlaunch.cluster.signals import ANNOUNCEMENTS, StopSignals
@@ -23,6 +31,8 @@ _READ_BYTES = 1 << 16
 _LEAVE_SECONDS = 8.0
 # Pings within the time after which silence means loss.
 _PINGS = 3
+# How often silent ones are looked for, at most.
+_LOOK_SECONDS = 0.1
 # How soon what a pipe did not take is tried again.
 _FLUSH_SECONDS = 0.01
 # For agents that have closed their pipes, together, to say how they ended.
@@ -43,6 +53,7 @@ class Nodes:
         self._nodes: list[Node] = []
         self._log_dir = log_dir
         self._polled_at = time.monotonic()
+        self._look_at = 0.0
         self._pinger = threading.Thread(target=self._ping, daemon=True, name="pings")
         self._closing = threading.Event()
         self._job = secrets.token_hex(8)
@@ -123,14 +134,15 @@ class Nodes:
     # -- talking ----------------------------------------------------------------------------
 
     def tell(self, command: Command) -> None:
+        data = encode_command(command)
         for node in self._nodes:
-            node.send(command)
+            node.write(data)
 
     def poll(self, seconds: float) -> list[tuple[int, Event | None]]:
         """(node, event) of what has come within `seconds`; (node, None) once its agent is lost."""
         self._obey_suspend()
         arrived: list[tuple[int, Event | None]] = []
-        unsent = [node.flush() for node in self._nodes if node.lost is None]
+        unsent = [node.flush() for node in self._nodes if node.unsent and node.lost is None]
         if any(unsent):
             seconds = min(seconds, _FLUSH_SECONDS)
         closed: list[int] = []
@@ -199,6 +211,10 @@ class Nodes:
             for node in self._nodes:
                 node.heard_at = now
         self._polled_at = now
+        if now < self._look_at:
+            return []
+        # A look at every node for every event of one would make a thousand nodes cost a million looks.
+        self._look_at = now + min(_LOOK_SECONDS, self.heartbeat_seconds / (4 * _PINGS))
         limit = now - self.heartbeat_seconds
         silent = [
             number

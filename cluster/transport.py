@@ -97,6 +97,7 @@ class Node:
     greeted    its agent has said hello
     lost       how its agent was lost, in words; None while it is there
     heard_at   when something was heard last
+    unsent     what the pipe did not take yet, for `flush`
     """
 
     name: str
@@ -109,7 +110,7 @@ class Node:
     lost: str | None = None
     heard_at: float = 0.0
     _sending: threading.Lock = field(default_factory=threading.Lock)
-    _unsent: bytearray = field(default_factory=bytearray)
+    unsent: bytearray = field(default_factory=bytearray)
 
     @property
     def events(self) -> IO[bytes]:
@@ -135,24 +136,24 @@ class Node:
         Nobody waits here: what leads to a node may read nothing for as long as it likes.
         """
         with self._sending:
-            self._unsent += data
+            self.unsent += data
             return self._flush()
 
     def flush(self) -> bool:
         """Write on; whether there is more to write."""
         with self._sending:
-            return self._flush() and bool(self._unsent)
+            return self._flush() and bool(self.unsent)
 
     def _flush(self) -> bool:
         """False when nobody reads any more."""
         assert self.process.stdin is not None
         try:
-            while self._unsent:
-                del self._unsent[: os.write(self.process.stdin.fileno(), self._unsent)]
+            while self.unsent:
+                del self.unsent[: os.write(self.process.stdin.fileno(), self.unsent)]
         except BlockingIOError:
             pass
         except (BrokenPipeError, ValueError):
-            self._unsent.clear()
+            self.unsent.clear()
             return False
         return True
 
