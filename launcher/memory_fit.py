@@ -15,9 +15,10 @@ from ftlaunch.strategies.memory.estimate import (
     largest_micro_batch,
 )
 
-# What is counted on of an accelerator: its driver, holes between tensors and the error of the estimate
-# need the rest. Of a host: the operating system, tokens in the page cache, a checkpoint on its way.
-_USABLE = 0.95
+# What is counted on of an accelerator: the driver keeps the rest, and there are holes between tensors. An
+# estimate may err by more, which the first micro-batch shows. Of a host the operating system, tokens in
+# the page cache and a checkpoint on its way have the rest.
+_USABLE = 0.97
 _USABLE_OF_A_HOST = 0.8
 
 
