@@ -1,4 +1,8 @@
-"""What the forward pass keeps for the backward pass, by the order of a family's operations."""
+"""What a forward pass keeps for the backward pass, by the order of a family's operations.
+
+Counted in tensors that autograd saves, each storage once, as torch 2.13 and transformers 5 run the models:
+`benchmarks/memory.py` compares the sums with an allocator's.
+"""
 
 from __future__ import annotations
 
@@ -6,71 +10,169 @@ from dataclasses import dataclass
 
 from ftlaunch.strategies.memory.architecture import Architecture
 
-# Logits that exist at a time (`strategies/torch/chunked_loss.py`).
-CHUNK_ELEMENTS = 1 << 25
+# tanh approximations that are written out in Python keep each of their steps.
+_SPELT_OUT = ("gelu_new", "gelu_fast", "gelu_python_tanh")
+_ROTARY = ("gpt_neox", "phi")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """How a micro-batch is computed.
+
+    width      bytes of what matrix products give and take
+    residual   bytes of what the layers hand on to one another
+    noise      bytes of an element of a dropout's mask
+    kernel     of attention: "matrices" keeps rows × heads × length × length, "fused" does not, "varlen"
+               does without a mask of rows × length × length, too
+    padded     rows differ in length, so that there is a mask
+    """
+
+    rows: int
+    length: int
+    width: int
+    residual: int
+    noise: int
+    kernel: str
+    padded: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activations:
     """Bytes on one device.
 
-    layer        what a layer keeps for the backward pass
-    boundary     what of it is kept under gradient checkpointing: its input
-    ends         kept outside of the layers: embeddings, the last norm, the head
-    working      exists for a moment only, in the widest place of a layer's backward pass
-    logits       of the head, with what their gradients take
+    attention, mlp   what the two halves of a layer keep
+    attention_work, mlp_work   what their backward passes have beside it, at most
+    boundary         what a layer hands on: all that gradient checkpointing keeps of it
+    ends             kept outside of the layers: embeddings, masks, the last norm
     """
 
-    layer: int
+    attention: int
+    mlp: int
+    attention_work: int
+    mlp_work: int
     boundary: int
     ends: int
-    working: int
-    logits: int
+
+    @property
+    def layer(self) -> int:
+        return self.attention + self.mlp
 
 
-def activations(
-    architecture: Architecture,
-    *,
-    rows: int,
-    length: int,
-    precision: str,
-    is_autocast: bool,
-    keeps_attention: bool,
-    chunks_logits: bool,
-) -> Activations:
-    """Of a micro-batch of `rows` rows, padded to `length` tokens.
-
-    keeps_attention   the kernel keeps matrices of rows × heads × length × length
-    chunks_logits     logits of language models never exist whole
-    """
-    tokens = rows * length
-    width = 4 if precision == "fp32" else 2
-    residual = 4 if is_autocast else width
-    hidden = architecture.hidden_size
-    heads = architecture.num_heads * architecture.head_size
-    kv = architecture.num_kv_heads * architecture.head_size
-    inner = architecture.intermediate_size * max(1, architecture.experts_per_token)
-    masks = 2 if architecture.hidden_dropout else 0
-    layer = tokens * hidden * residual * (4 + masks)
-    layer += tokens * (2 * heads + 2 * kv) * width
-    layer += tokens * inner * width * (3 if architecture.gated_mlp else 2)
-    if architecture.head_norms:
-        layer += tokens * (heads + kv) * width
-    if keeps_attention:
-        matrices = 2 if architecture.attention_dropout else 1
-        layer += matrices * rows * architecture.num_heads * length * length * width
-    if not architecture.known:
-        layer *= 2
-    elements = tokens * architecture.vocab_size
-    if architecture.head in ("causal-lm", "masked-lm"):
-        logits = 4 * min(elements, CHUNK_ELEMENTS) * 2 if chunks_logits else 12 * elements
+def activations(architecture: Architecture, setting: Setting) -> Activations:
+    """Of one micro-batch. An unknown family has twice what a known one would: a bound."""
+    if architecture.block == "bert":
+        found = _bert(architecture, setting)
+    elif architecture.block == "llama":
+        found = _llama(architecture, setting)
     else:
-        per_row = length if architecture.head == "token-classification" else 1
-        logits = 12 * rows * per_row * architecture.num_outputs
+        found = _before_norm(architecture, setting)
+    if architecture.known:
+        return found
     return Activations(
-        layer=layer,
-        boundary=tokens * hidden * residual,
-        ends=tokens * hidden * residual * 4,
-        working=tokens * (architecture.intermediate_size + hidden) * 4,
-        logits=logits,
+        attention=2 * found.attention,
+        mlp=2 * found.mlp,
+        attention_work=2 * found.attention_work,
+        mlp_work=2 * found.mlp_work,
+        boundary=found.boundary,
+        ends=2 * found.ends,
+    )
+
+
+def _attention(a: Architecture, s: Setting, *, expanded: bool, copied: bool) -> tuple[int, int]:
+    """(kept, work) of the product of queries, keys and values, its output included.
+
+    expanded   keys and values are copied for every head that shares them
+    copied     what matrices are made of is laid out anew (torch's math path does so)
+    """
+    heads = s.tokens * a.num_heads * a.head_size * s.width
+    shared = s.tokens * a.num_kv_heads * a.head_size * s.width
+    matrix = s.rows * a.num_heads * s.length * s.length
+    kept = (
+        heads + 2 * (heads if expanded or (copied and s.kernel == "matrices") else shared) + heads
+    )
+    if s.kernel == "matrices":
+        kept += matrix * s.width
+        if a.attention_dropout:
+            kept += matrix * (s.noise + s.width)
+        return kept, matrix * s.width
+    kept += 4 * s.rows * a.num_heads * s.length
+    if s.padded and s.kernel == "fused":
+        kept += s.rows * s.length * s.length * s.width
+    return kept, 0
+
+
+def _mlp(a: Architecture, s: Setting) -> tuple[int, int]:
+    """(kept, work) between the norm and the output."""
+    inner = s.tokens * a.intermediate_size * s.width
+    if a.num_experts:
+        hidden = s.tokens * a.hidden_size * s.width
+        chosen = max(1, a.experts_per_token)
+        return chosen * (4 * inner + 3 * hidden), 2 * chosen * inner
+    if a.gated_mlp:
+        return 4 * inner, 2 * inner
+    if a.activation in _SPELT_OUT:
+        return 5 * inner, 2 * inner
+    return (1 if a.activation == "relu" else 2) * inner, inner
+
+
+def _bert(a: Architecture, s: Setting) -> Activations:
+    """Norms behind the residuals: their inputs are kept, and their outputs by the next products."""
+    hidden = s.tokens * a.hidden_size
+    noise = hidden * s.noise if a.hidden_dropout else 0
+    norm = hidden * (s.residual + s.width)
+    core, work = _attention(a, s, expanded=False, copied=True)
+    inner, mlp_work = _mlp(a, s)
+    return Activations(
+        attention=core + noise + norm,
+        mlp=inner + noise + norm,
+        attention_work=work,
+        mlp_work=mlp_work,
+        boundary=hidden * s.residual,
+        ends=2 * hidden * s.residual + noise,
+    )
+
+
+def _before_norm(a: Architecture, s: Setting) -> Activations:
+    """GPT-2, GPT-NeoX, Phi, OPT, ModernBERT: norms before attention and MLP."""
+    hidden = s.tokens * a.hidden_size
+    noise = hidden * s.noise if a.hidden_dropout else 0
+    norm = hidden * (s.residual + s.width)
+    core, work = _attention(a, s, expanded=False, copied=True)
+    if a.family in _ROTARY or a.block == "modernbert":
+        core += s.tokens * a.num_heads * a.head_size * s.width
+    inner, mlp_work = _mlp(a, s)
+    return Activations(
+        attention=core + noise + norm,
+        mlp=inner + noise + norm,
+        attention_work=work,
+        mlp_work=mlp_work,
+        boundary=hidden * s.residual,
+        ends=2 * hidden * s.residual + noise,
+    )
+
+
+def _llama(a: Architecture, s: Setting) -> Activations:
+    """RMS norms, written out: what is normalised and what it gives are kept."""
+    hidden = s.tokens * a.hidden_size
+    expanded = a.num_kv_heads < a.num_heads and s.padded and s.kernel != "varlen"
+    core, work = _attention(a, s, expanded=expanded, copied=True)
+    norm = 2 * hidden * s.width
+    if s.width < 4:
+        norm += 4 * hidden  # it is computed in fp32
+    four = a.family in ("gemma2", "gemma3_text")
+    norms = norm * (2 if four else 1)
+    if a.head_norms:
+        core += 2 * s.tokens * (a.num_heads + a.num_kv_heads) * a.head_size * s.width
+    inner, mlp_work = _mlp(a, s)
+    return Activations(
+        attention=core + norms + hidden * s.residual,
+        mlp=inner + norms + hidden * s.residual,
+        attention_work=work,
+        mlp_work=mlp_work,
+        boundary=hidden * s.residual,
+        ends=hidden * s.residual + norm,
     )

@@ -7,17 +7,18 @@ allocator hands out. What is not known here is an upper bound and says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from ftlaunch.strategies.memory.activations import activations
+from ftlaunch.strategies.memory.activations import Activations, Setting, activations
 from ftlaunch.strategies.memory.architecture import Architecture
-from ftlaunch.strategies.memory.states import STRATEGIES, count_trainable, states
+from ftlaunch.strategies.memory.buckets import BROADCAST_BYTES, ZeroBuffers, zero_traffic
+from ftlaunch.strategies.memory.output import Output, output
+from ftlaunch.strategies.memory.states import STRATEGIES, States, count_trainable, states
 
-# Context, kernels and the workspace of the libraries of products. Assumptions from documentation, none
-# of them tested on the hardware: what a process holds of a device before the first tensor.
+# Context, kernels and the workspace of the libraries of products: what a process holds before the first
+# tensor. Assumptions from documentation for accelerators, not tested on the hardware.
 FRAMEWORK_BYTES: Mapping[str, int] = {"cuda": 1 << 30, "ascend": 2 << 30, "cpu": 400 << 20}
-_DDP_BUCKET = 25 << 20
-_ZERO_BUCKET_ELEMENTS = 500_000_000
+_FP32 = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,7 @@ class MemoryRequest:
     accumulates   a step has more than one micro-batch
     attention     the implementation asked for: "eager", "sdpa", "flash_attention_2"; None: the model's
     trainable     whether a parameter is trained, by its name; None: all are
+    zero          the sizes of DeepSpeed's buffers, where a user's configuration sets them
     """
 
     architecture: Architecture
@@ -42,6 +44,7 @@ class MemoryRequest:
     gradient_checkpointing: bool = False
     attention: str | None = None
     trainable: Callable[[str], bool] | None = None
+    zero: ZeroBuffers = field(default_factory=ZeroBuffers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +78,25 @@ class MemoryEstimate:
         return self.peak - self.framework
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What the phases are made of, in bytes.
+
+    held       by every phase: weights, masters, moments
+    kept       by autograd at the end of the forward pass
+    work       beside it where the backward pass is widest
+    casts      of weights to the dtype of products, until the window's end
+    largest    the gradient of the largest weight
+    """
+
+    held: int
+    kept: int
+    work: int
+    casts: int
+    largest: int
+    output: Output
+
+
 def estimate(request: MemoryRequest) -> MemoryEstimate:
     """The memory of a job. ValueError for numbers that no job can have."""
     _check(request)
@@ -88,42 +110,44 @@ def estimate(request: MemoryRequest) -> MemoryEstimate:
         num_parameters=total,
         num_trainable=trained,
     )
-    is_autocast = request.strategy == "ddp" and request.precision != "fp32"
-    kept = activations(
+    setting = _setting(request)
+    found = activations(architecture, setting)
+    kept, work = _kept_and_work(request, found)
+    head = output(
         architecture,
         rows=request.micro_batch,
         length=request.length,
-        precision=request.precision,
-        is_autocast=is_autocast,
-        keeps_attention=_keeps_attention(request),
-        chunks_logits=request.strategy != "mindspore",
+        width=setting.width,
+        residual=setting.residual,
+        is_trained=trained == total or _is_trained(request, architecture),
+        in_pieces=request.strategy != "mindspore",
     )
-    layers = architecture.num_layers
-    if request.gradient_checkpointing:
-        stored = layers * kept.boundary + kept.layer
+    is_autocast = request.strategy == "ddp" and request.precision != "fp32"
+    parts = _Parts(
+        held=held.weights + held.masters + held.optimizer,
+        kept=kept + head.kept,
+        work=work,
+        casts=2 * _in_products(architecture) if is_autocast else 0,
+        largest=max(t.num_elements for t in architecture.tensors) * held.gradient_width,
+        output=head,
+    )
+    if request.strategy in ("zero1", "zero2", "zero3"):
+        phases, buckets = _zero_phases(request, parts, held, trained, total)
     else:
-        stored = layers * kept.layer
-    if is_autocast:
-        stored += 2 * total
-    stored += kept.ends + kept.working
-    buckets = _buckets(request, trained)
+        phases, buckets = _data_parallel_phases(request, parts, held, trained, total)
     framework = FRAMEWORK_BYTES.get(request.accelerator, 0)
-    forward = framework + held.on_device + stored + kept.logits + buckets
     return MemoryEstimate(
         weights=held.weights,
         masters=held.masters,
         gradients=held.gradients,
         optimizer=held.optimizer,
-        activations=stored,
-        logits=kept.logits,
+        activations=kept + head.kept + work + parts.casts,
+        logits=head.work + head.weight,
         buckets=buckets,
         framework=framework,
         host=held.host,
         is_bound=not architecture.known,
-        phases={
-            "forward and backward": forward,
-            "optimizer": framework + held.on_device + held.stepping + buckets,
-        },
+        phases={name: framework + size for name, size in phases.items()},
     )
 
 
@@ -132,17 +156,11 @@ def largest_micro_batch(request: MemoryRequest, capacity_bytes: int, at_most: in
     fits, too_many = 0, max(0, at_most) + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        if estimate(_with_rows(request, middle)).peak <= capacity_bytes:
+        if estimate(replace(request, micro_batch=middle)).peak <= capacity_bytes:
             fits = middle
         else:
             too_many = middle
     return fits
-
-
-def _with_rows(request: MemoryRequest, rows: int) -> MemoryRequest:
-    from dataclasses import replace
-
-    return replace(request, micro_batch=rows)
 
 
 def _check(request: MemoryRequest) -> None:
@@ -155,23 +173,127 @@ def _check(request: MemoryRequest) -> None:
             raise ValueError(f"{name} is {getattr(request, name)}, at least 1 is expected")
 
 
-def _keeps_attention(request: MemoryRequest) -> bool:
-    """Whether the kernel of attention keeps its matrices for the backward pass."""
+def _setting(request: MemoryRequest) -> Setting:
+    width = _FP32 if request.precision == "fp32" else 2
+    is_autocast = request.strategy in ("ddp", "mindspore")
+    return Setting(
+        rows=request.micro_batch,
+        length=request.length,
+        width=width,
+        residual=_FP32 if is_autocast else width,
+        # CPUs keep a factor for each element, GPUs a flag.
+        noise=width if request.accelerator == "cpu" else 1,
+        kernel=_kernel(request),
+        padded=request.micro_batch > 1,
+    )
+
+
+def _kernel(request: MemoryRequest) -> str:
+    """Which of `Setting.kernel` the attention has."""
     if request.attention == "eager" or not request.architecture.known:
-        return True
-    if request.accelerator == "cpu":
-        return request.architecture.attention_dropout
-    return request.strategy == "mindspore"
-
-
-def _buckets(request: MemoryRequest, trained: int) -> int:
-    """What gradients travel in."""
-    if request.world_size == 1 and request.strategy in ("ddp", "mindspore"):
-        return 0
-    if request.strategy == "ddp":
-        # DDP lays its buckets anew after the first step, while the gradients still lie in the old ones.
-        return 4 * trained
+        return "matrices"
     if request.strategy == "mindspore":
-        return min(4 * trained, _DDP_BUCKET)
-    width = 4 if request.precision == "fp32" else 2
-    return width * min(trained, _ZERO_BUCKET_ELEMENTS)
+        return "matrices"
+    if request.attention is not None and request.attention.startswith("flash_attention"):
+        return "varlen"
+    # torch's fused kernel for CPUs has no dropout.
+    if request.accelerator == "cpu" and request.architecture.attention_dropout:
+        return "matrices"
+    return "fused"
+
+
+def _is_trained(request: MemoryRequest, architecture: Architecture) -> bool:
+    """Whether the weight over the vocabulary is trained."""
+    trainable = request.trainable
+    if trainable is None:
+        return True
+    width = architecture.vocab_size
+    last = [t.name for t in architecture.tensors if t.shape[0] == width and len(t.shape) == 2]
+    return bool(last) and trainable(last[-1])
+
+
+def _in_products(architecture: Architecture) -> int:
+    """Elements of the weights that are cast for products: matrices, but no embeddings that are not tied."""
+    tied = set(architecture.tied.values())
+    return sum(
+        t.num_elements
+        for t in architecture.tensors
+        if len(t.shape) > 1 and ("embed" not in t.name or t.name in tied)
+    )
+
+
+def _kept_and_work(request: MemoryRequest, found: Activations) -> tuple[int, int]:
+    """(kept at the end of the forward pass, the most that the backward pass has beside it)."""
+    layers = request.architecture.num_layers
+    # The half that is first in the backward pass is the MLP; its part is free when attention's begins.
+    work = max(found.mlp_work, found.attention_work - found.mlp)
+    if request.gradient_checkpointing:
+        return layers * found.boundary + found.ends, found.layer + work
+    return layers * found.layer + found.ends, work
+
+
+def _data_parallel_phases(
+    request: MemoryRequest, parts: _Parts, held: States, trained: int, total: int
+) -> tuple[dict[str, int], int]:
+    """(phase → bytes, bytes of buckets) of ddp and mindspore."""
+    gradients = _FP32 * trained
+    alone = request.world_size == 1
+    # A rank that is alone drops its gradients after each step; DDP keeps them in its buckets.
+    before = 0 if alone and not request.accumulates else gradients
+    base = parts.held + parts.casts
+    forward = base + before + parts.kept + parts.output.weight + parts.output.work
+    backward = base + before + parts.kept + parts.output.weight + parts.work
+    backward += parts.largest if request.gradient_checkpointing else 0
+    # The embeddings are last; the head's gradient of a shared weight waits for theirs.
+    end = base + gradients + parts.output.weight + parts.largest
+    phases = {
+        "forward": forward,
+        "backward": backward,
+        "end of backward": end,
+        "optimizer": parts.held + gradients,
+    }
+    if alone or request.strategy == "mindspore":
+        return phases, 0
+    # After the first step DDP lays its buckets in the order that it has seen.
+    phases["buckets laid anew"] = parts.held + 2 * gradients
+    phases["start"] = _FP32 * (total + trained) + min(_FP32 * total, BROADCAST_BYTES)
+    return phases, gradients
+
+
+def _zero_phases(
+    request: MemoryRequest, parts: _Parts, held: States, trained: int, total: int
+) -> tuple[dict[str, int], int]:
+    """(phase → bytes, bytes of buckets) of zero1, zero2 and zero3."""
+    stage = int(request.strategy[-1])
+    width = held.gradient_width
+    traffic = zero_traffic(
+        request.zero,
+        stage=stage,
+        width=width,
+        num_parameters=total,
+        num_trainable=trained,
+        overlaps=request.accelerator != "cpu",
+        is_gloo=request.accelerator == "cpu",
+    )
+    # Stage 3 has a place for its gradients, stages 1 and 2 keep those of micro-batches before.
+    gradients = held.gradients if stage == 3 or request.accumulates else 0
+    base = parts.held + gradients + (traffic.bucket if stage == 3 else 0)
+    bucket = traffic.bucket if stage < 3 else 0
+    weight = parts.output.weight
+    whole = base + traffic.gathered + parts.kept
+    loss = weight + parts.output.work
+    left = round(parts.kept * (1 - traffic.filled))
+    exchange = base + min(traffic.gathered, parts.largest) + left + weight
+    exchange += bucket + traffic.copies
+    if stage == 1 and not request.accumulates:
+        exchange += held.gradients
+    optimizer = base + held.stepping
+    if stage == 1 and not request.accumulates:
+        optimizer += held.gradients
+    phases = {
+        "forward": whole + max(traffic.fetched, loss),
+        "backward": whole + weight + bucket + parts.work,
+        "exchange": exchange,
+        "optimizer": optimizer,
+    }
+    return phases, traffic.bucket + traffic.copies + traffic.gathered + traffic.fetched

@@ -23,7 +23,7 @@ class States:
     """Bytes of one rank.
 
     host      what offload keeps in the host's memory instead
-    stepping  more that exists while the optimizer steps: its gradients in fp32
+    stepping  more that exists while the optimizer steps: its gradients in one piece, and those in fp32
     """
 
     weights: int
@@ -32,6 +32,7 @@ class States:
     optimizer: int
     host: int
     stepping: int = 0
+    gradient_width: int = _FP32
 
     @property
     def on_device(self) -> int:
@@ -92,11 +93,19 @@ def states(
             gradients=gradients,
             optimizer=optimizer,
             host=0,
-            stepping=0 if strategy == "zero1" else _FP32 * at_once,
+            stepping=(width + _FP32) * at_once,
+            gradient_width=width,
         )
     host = masters + optimizer + _FP32 * mine
     kept = width * num_trainable if strategy == "zero1" else 0
     if strategy == "zero3":
         host += weights
         weights = 0
-    return States(weights=weights, masters=0, gradients=kept, optimizer=0, host=host)
+    return States(
+        weights=weights,
+        masters=0,
+        gradients=kept,
+        optimizer=0,
+        host=host,
+        gradient_width=width,
+    )

@@ -73,6 +73,7 @@ def load_model(request: StrategyRequest, *, keep_file_dtype: bool = False) -> An
         )
     if adapter is not None:
         put_adapter_in(model, adapter, missing)
+    _forgo_cache(model)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     freeze(model, options.freeze)
@@ -80,6 +81,13 @@ def load_model(request: StrategyRequest, *, keep_file_dtype: bool = False) -> An
     if lora.r is not None and not request.trained_head:
         add_lora(model, lora, options, missing=missing, seed=seed)
     return model
+
+
+def _forgo_cache(model: Any) -> None:
+    """A decoder would keep the keys and values of every layer for tokens that nobody generates."""
+    model.ftlaunch_use_cache = getattr(model.config, "use_cache", None)
+    if model.ftlaunch_use_cache:
+        model.config.use_cache = False
 
 
 def _check_reads_forward(config: Any, options: ModelOptions) -> None:
@@ -210,6 +218,8 @@ def model_files(model: Any) -> dict[str, bytes]:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = torch.float32
+    if getattr(model, "ftlaunch_use_cache", None):
+        config.use_cache = True
     with tempfile.TemporaryDirectory(prefix="ftlaunch-") as folder:
         if model._auto_class is not None:
             custom_object_save(model, folder, config=config)

@@ -1,0 +1,71 @@
+"""The memory of small jobs beside what torch's allocator hands out to real ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from benchmarks.memory import Cell, measure_rank, predict
+from ftlaunch.strategies.memory.output import CHUNK_ELEMENTS
+from ftlaunch.strategies.torch import chunked_loss
+from tests.ranks import run_ranks
+
+_SIZES = {"vocab_size": 2000, "hidden_size": 128, "num_hidden_layers": 4, "pad_token_id": 0}
+_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": (
+        "sequence-classification",
+        {"model_type": "bert", "num_attention_heads": 4, "intermediate_size": 512, **_SIZES},
+    ),
+    "llama": (
+        "causal-lm",
+        {
+            "model_type": "llama",
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 384,
+            "tie_word_embeddings": True,
+            **_SIZES,
+        },
+    ),
+}
+
+
+def _cell(name: str, strategy: str, **changes: Any) -> Cell:
+    head, config = _MODELS[name]
+    settings: dict[str, Any] = {"length": 128, "rows": 8, "checkpointing": False, **changes}
+    return Cell(name=name, head=head, config=config, strategy=strategy, **settings)
+
+
+def _measured(cell: Cell, folder: Path) -> int:
+    """Of the fuller of two ranks."""
+    found = run_ranks(2, _measure, cell, folder)
+    return max(int(max(rank["accumulate"], rank["apply"])) for rank in found)
+
+
+def _measure(world: Any, listen_fd: int | None, cell: Cell, folder: Path) -> dict[str, int]:
+    place = folder / str(world.rank)
+    place.mkdir()
+    return measure_rank(world, listen_fd, cell, place)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("bert", {}),
+        ("bert", {"checkpointing": True}),
+        ("llama", {}),
+        ("llama", {"checkpointing": True}),
+    ],
+    ids=str,
+)
+def test_ddp_takes_what_was_predicted(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    cell = _cell(name, "ddp", **changes)
+    assert predict(cell).tensors == pytest.approx(_measured(cell, tmp_path), rel=0.1)
+
+
+def test_pieces_of_logits_are_as_large_as_they_are() -> None:
+    assert CHUNK_ELEMENTS == chunked_loss.CHUNK_ELEMENTS
