@@ -14,6 +14,7 @@ memory. Nothing is timed.
 from __future__ import annotations
 
 import argparse
+import bisect
 import itertools
 import json
 import multiprocessing
@@ -133,15 +134,41 @@ def measure_rank(world: World, listen_fd: int | None, cell: Cell, folder: Path) 
 
 
 def peaks(profiler: Any) -> dict[str, int]:
-    """Phase → the most bytes that were alive in it, from the events of torch's allocator."""
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda each: each.start_ns())
+    """Phase → the most bytes that were alive in it, from the events of torch's allocator.
+
+    A thread of gloo's may free what the rank allocated, of which the profiler does not hear: what lies
+    where something new is put is gone.
+    """
+    import torch
+
+    allocation = torch._C._profiler._EventType.Allocation
+    events: list[tuple[int, str, int, int]] = []
+    waiting = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        kind, fields = event.typed
+        if kind == allocation:
+            events.append((event.start_time_ns, "", fields.ptr, fields.alloc_size))
+        elif event.name.startswith("phase "):
+            events.append((event.start_time_ns, event.name.removeprefix("phase "), 0, 0))
+    places: list[int] = []
+    sizes: dict[int, int] = {}
     alive, phase = 0, ""
     found: dict[str, int] = {}
-    for event in events:
-        if event.name().startswith("phase "):
-            phase = event.name().removeprefix("phase ")
-        elif event.name() == "[memory]":
-            alive += event.nbytes()
+    for _, name, place, size in sorted(events, key=lambda each: each[0]):
+        phase = name or phase
+        if size < 0 and place in sizes:
+            places.pop(bisect.bisect_left(places, place))
+            alive -= sizes.pop(place)
+        elif size > 0:
+            first = bisect.bisect_left(places, place)
+            if first and places[first - 1] + sizes[places[first - 1]] > place:
+                first -= 1
+            last = bisect.bisect_left(places, place + size)
+            alive += size - sum(sizes.pop(gone) for gone in places[first:last])
+            places[first:last] = [place]
+            sizes[place] = size
         found[phase] = max(found.get(phase, 0), alive)
     return found
 
