@@ -31,6 +31,7 @@ from ftlaunch.launcher.bench_peers import run_program
 _TIMEOUT = 300.0
 _FTLAUNCH = (sys.executable, "-m", "ftlaunch.launcher")
 _TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+_FIRST_STEP = ("first_step, ftlaunch", "first_step, torchrun + HF Trainer")
 _REDUCE = """\
 import time
 import torch
@@ -135,8 +136,8 @@ def _check(process: subprocess.Popen[str], started: float) -> None:
 
 def sides_of(model: Path, data: Path) -> dict[str, Callable[[Path], float]]:
     sides: dict[str, Callable[[Path], float]] = {
-        "first_step, ftlaunch": partial(ours_first_step, model, data),
-        "first_step, torchrun + HF Trainer": partial(trainer_first_step, model, data),
+        _FIRST_STEP[0]: partial(ours_first_step, model, data),
+        _FIRST_STEP[1]: partial(trainer_first_step, model, data),
     }
     for nodes in (2, 16):
         for name, keys in {"ftlaunch": (), "ftlaunch exec": ("cluster.start_method=exec",)}.items():
@@ -145,6 +146,15 @@ def sides_of(model: Path, data: Path) -> dict[str, Callable[[Path], float]]:
         command = [*_TORCHRUN, f"--nproc-per-node={nodes}"]
         sides[f"reduce, {nodes} ranks, torchrun"] = partial(reduce_seconds, command)
     return sides
+
+
+def _pair_lines(seconds: Mapping[str, Sequence[float]]) -> list[str]:
+    """How long ours takes of what torchrun takes, round by round."""
+    ours, theirs = (seconds.get(name) for name in _FIRST_STEP)
+    if not ours or not theirs:
+        return []
+    pairs = sorted(mine / their for mine, their in zip(ours, theirs, strict=True))
+    return ["", f"first_step: {median(pairs):.2f} of the other ({pairs[0]:.2f} to {pairs[-1]:.2f})"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -176,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, all_ in seconds.items()
     ]
     print(markdown_table(("", "median s", "from to"), rows))
+    print(*_pair_lines(seconds), sep="\n")
     if options.out is not None:
         report = {"machine": machine_line(), "seconds": seconds}
         options.out.write_text(json.dumps(report, indent=2) + "\n")
