@@ -96,6 +96,16 @@ def test_the_table_says_what_fits_and_by_how_much_the_rest_does_not(llama):
     assert "dry run" not in result.stdout
 
 
+def test_the_readme_shows_lines_that_it_prints(llama):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    _, _, after = readme.partition("ftlaunch plan --nodes 2 --devices 8 --hardware H100-80GB")
+    shown = [line for line in after.split("```")[2].splitlines() if line]
+    assert len(shown) >= 8
+    result = ftlaunch(*ON_16, "--model", llama, timeout=60)
+    printed = result.stdout.splitlines()
+    assert [line for line in printed if line in shown] == shown
+
+
 def test_the_folder_the_file_and_other_names_of_it_are_the_same(llama, tmp_path):
     by_file = memory_of(*ON_16, "--model", llama)
     assert memory_of(*ON_16, "--model", llama.parent) == by_file
