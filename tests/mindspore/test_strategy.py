@@ -9,6 +9,7 @@ import pytest
 
 from ftlaunch.strategies.data.sample_order import samples_digest
 from ftlaunch.strategies.loop import Cursor, train
+from ftlaunch.strategies.proof import prove
 from ftlaunch.strategies.schedule import Schedule
 from tests import tiny
 from tests.mindspore.ranks import run_ranks
@@ -73,13 +74,15 @@ def in_torch(tmp_path_factory):
     return look_up
 
 
-def _window_gradient(world, folder, micro_batch, step):
+def _window_gradient(world, folder, micro_batch, step, max_tokens=None):
     """Name → the gradient of one window, summed over the ranks; and the micro-batches it took."""
     from ftlaunch.strategies.mindspore.group import all_reduce
 
     strategy = create(world, folder)
     table = tiny.random_table(18)
-    view = tiny.windows(world, table, global_batch=15, micro_batch=micro_batch)
+    view = tiny.windows(
+        world, table, global_batch=15, micro_batch=micro_batch, max_tokens=max_tokens
+    )
     indices = view.order.global_batch(step)
     total = view.collator.total_items(indices)
     batches = list(view.micro_batches(indices, step))
@@ -141,6 +144,52 @@ def test_a_rank_without_samples_takes_part(in_torch):
         ratio, cosine = _compare(gradient, expected)
         assert abs(ratio - 1) < 1e-4
         assert cosine > 0.99999
+
+
+@pytest.mark.parametrize(("ranks", "max_tokens"), [(1, 45), (2, 100)])
+def test_a_bound_in_tokens_changes_no_gradient(in_torch, ranks, max_tokens):
+    folder, expected = in_torch("bert", 0)
+    for gradient, batches in run_ranks(ranks, _window_gradient, folder, 15, 0, max_tokens):
+        assert batches > 1
+        ratio, cosine = _compare(gradient, expected)
+        assert abs(ratio - 1) < 1e-4
+        assert cosine > 0.99999
+
+
+def _after_a_proof(world, folder, proves):
+    """The losses and the state of three steps with dropout."""
+    strategy = create(world, folder, model={"dropout": 0.1})
+    view = tiny.windows(world, tiny.random_table(36), global_batch=12, micro_batch=6, max_tokens=60)
+    if proves:
+        proof = prove(strategy, view.collator, micro_batch=6, max_tokens=60, accumulates=True)
+        assert all(rows * length <= 60 for rows, length in proof.shapes)
+    losses = []
+
+    def after_step(report):
+        losses.append(report.outcome.loss)
+        return False
+
+    train(
+        strategy,
+        view,
+        Schedule(name="linear", peak=1e-3, warmup_steps=0, total_steps=9),
+        Cursor(),
+        total_steps=3,
+        stop_requested=lambda: False,
+        after_step=after_step,
+    )
+    state = {(s.kind, s.name, s.start): np.array(s.values) for s in strategy.state_slices()}
+    strategy.close()
+    return losses, state
+
+
+def test_no_bit_differs_after_a_proof(tmp_path):
+    folder = write_config(tmp_path / "bert", "bert")
+    proven, plain = (run_ranks(2, _after_a_proof, folder, proves) for proves in (True, False))
+    for (losses, state), (expected, other) in zip(proven, plain, strict=True):
+        assert losses == expected
+        assert state.keys() == other.keys()
+        assert all(np.array_equal(state[key], other[key]) for key in state)
 
 
 # -- samples ------------------------------------------------------------------------------------
