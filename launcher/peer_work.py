@@ -69,18 +69,25 @@ def make_peer_work(
 
     Peers are given our global batches, dealt by length into equally many samples: what a plan
     without a bound in tokens computes, micro-batch for micro-batch. A peer knows no such bound, and
-    most have the same number of micro-batches in every step. There must be enough samples for one
-    global batch.
+    most have the same number of micro-batches in every step. Of a benchmark's plan it is the order of
+    `strategies.measurement`, of a training job's that of its first epoch.
 
     steps   those that are measured
     """
     options, train = plan.options, plan.options.train
     total = warmup_steps + steps
-    # Without what an epoch has left at its end: every step has a whole global batch.
+    num_samples = len(tokens.train)
+    whole = num_samples // plan.global_batch_size
+    if plan.mode == "bench":
+        # A benchmark leaves out what an epoch has left at its end: every step has a whole global batch.
+        num_samples = whole * plan.global_batch_size
+    elif total > whole:
+        raise UserError(
+            f"{total} steps are compared, and the {num_samples} samples have {whole} whole global batches "
+            f"of {plan.global_batch_size}: peers have no other. Compare fewer steps, or use more data."
+        )
     order = SampleOrder(
-        num_samples=len(tokens.train) // plan.global_batch_size * plan.global_batch_size,
-        global_batch_size=plan.global_batch_size,
-        seed=train.seed,
+        num_samples=num_samples, global_batch_size=plan.global_batch_size, seed=train.seed
     )
     dealt = []
     for step in range(total):

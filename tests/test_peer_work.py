@@ -84,6 +84,28 @@ def test_the_batches_are_those_of_the_plan(folders, tmp_path):
                     assert rows["labels"][sample] == batch.labels[row]
 
 
+@pytest.mark.parametrize(("mode", "num_samples"), [("train", 240), ("bench", 231)])
+def test_the_order_is_that_of_the_mode(folders, tmp_path, mode, num_samples):
+    """240 samples in global batches of 11 leave 9, which a benchmark leaves out."""
+    plan = replace(plan_of(folders, "train.global_batch_size=11"), mode=mode)
+    work = make_peer_work(plan, plan_tokens(plan), tmp_path, warmup_steps=0, steps=2)
+    order = peer_order(num_samples, 11, plan.options.train.seed)
+    told = [sorted(n for share in step for run in share for n in run) for step in work["order"]]
+    # Numbers of the file: samples in ascending order.
+    chosen = sorted({int(n) for step in range(2) for n in order.global_batch(step)})
+    expected = [sorted(chosen.index(int(n)) for n in order.global_batch(s)) for s in range(2)]
+    assert told == expected
+    rows, table = load_file(str(work["tokens"])), plan_tokens(plan).train
+    lengths = np.diff(rows["offsets"]).tolist()
+    assert lengths == table.lengths(np.array(chosen)).tolist()
+
+
+def test_more_steps_than_a_job_has_whole_batches(folders, tmp_path):
+    plan = plan_of(folders)
+    with pytest.raises(UserError, match="20 whole global batches of 12"):
+        make_peer_work(plan, plan_tokens(plan), tmp_path, warmup_steps=1, steps=20)
+
+
 def peer_order(num_samples, size, seed):
     from ftlaunch.strategies.data.sample_order import SampleOrder
 
