@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -223,9 +225,9 @@ class _Benchmark:
 
     def run(self, json_stream: TextIO | None) -> int:
         """Run all cells; the exit code. What is done is kept, whatever ends it."""
-        stopped = False
         try:
-            stopped = self._run_all()
+            with _sigterm_as_ctrl_c():
+                stopped = self._run_all()
         except KeyboardInterrupt:
             stopped = True
         results = list(self._results.values())
@@ -270,6 +272,8 @@ class _Benchmark:
             result.take(run)
             if run.stopped:
                 return True
+            # Whatever ends the command, what is done is there.
+            write_json(self._folder / "bench.json", self._content(stopped=True))
             said = result_lines(run_json(run.measured)) if run.measured else f"failed: {result.why}"
             self._console.say(f"{place}/{len(order)}  {cell.name}: {said}")
             if run.measured is not None and run.plan is not None:
@@ -304,6 +308,20 @@ class _Benchmark:
         path = self._folder / "bench.png"
         write_plot(path, results)
         self._console.say(f"plot: {path}")
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Also between runs, and while a peer runs: nothing is left behind. A coordinator has its own way."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _code(here: Machine) -> dict[str, Any]:

@@ -185,17 +185,26 @@ _HEADER = (
     "idle",
     "efficiency",
 )
+_WORDS = ("scaling", "strategy", "precision")
+_GROUP = slice(3, 5)
 
 
 def table_lines(results: Sequence[CellResult]) -> list[str]:
     """For the terminal: a line for each cell; below it why some have failed."""
     rows = [_HEADER, *(_row(results, result) for result in results)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-    words = (2, 3, 4)
-    lines = [
+    lines = []
+    shown = list(range(len(_HEADER)))
+    groups = {row[_GROUP] for row in rows[1:]}
+    if len(groups) == 1:
+        # What is the same in every line is told once.
+        lines.append(", ".join(groups.pop()))
+        del shown[_GROUP]
+    rows = [tuple(row[column] for column in shown) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines += [
         "  ".join(
-            cell.ljust(width) if column in words else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if title in _WORDS else cell.rjust(width)
+            for cell, width, title in zip(row, widths, rows[0], strict=True)
         ).rstrip()
         for row in rows
     ]

@@ -188,7 +188,9 @@ def test_the_table_and_the_json():
         CellResult(cell=cell(1), runs=[measured(100)]),
         CellResult(cell=cell(2, "strong"), why="rank 1: out of memory", log_path="log"),
     ]
-    header, base, failed, why = table_lines(results)
+    group, header, base, failed, why = table_lines(results)
+    assert group == "ddp, fp32"
+    assert "strategy" not in header
     assert header.split()[:3] == ["nodes", "ranks", "scaling"]
     assert "50 %" in base or "50.0 %" in base
     assert "failed" in failed

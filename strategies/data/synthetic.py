@@ -46,11 +46,8 @@ class Lengths:
         if self.sigma is None:
             drawn = generator.integers(self.low, self.high + 1, count)
         else:
-            drawn = np.rint(
-                np.exp(np.log(self.low) + self.sigma * generator.standard_normal(count)).clip(
-                    1, 1e9
-                )
-            ).astype(np.int64)
+            logs = np.log(self.low) + self.sigma * generator.standard_normal(count)
+            drawn = np.rint(np.exp(logs.clip(0, np.log(longest))))
         return np.clip(drawn, _SHORTEST, longest).astype(np.int64)
 
 
@@ -170,7 +167,11 @@ def make_tokens(
     if max_length is None:
         longest = max(longest, lengths.high)
     vocabulary = config.get("vocab_size")
-    if not isinstance(vocabulary, int) or isinstance(vocabulary, bool) or vocabulary < 4:
+    if (
+        not isinstance(vocabulary, int)
+        or isinstance(vocabulary, bool)
+        or not (4 <= vocabulary < 1 << 31)
+    ):
         raise UserError(
             f"config.json has a vocab_size of {str(vocabulary)[:80]}: random tokens need a vocabulary of "
             "4 or more. Correct it, or give real data with --dataset."

@@ -78,25 +78,7 @@ class TorchInstruments:
     # -- the model and the device -----------------------------------------------------------
 
     def weights(self, strategy: Strategy) -> list[Weight]:
-        model = _model_of(strategy)
-        looked_up = {
-            id(module.weight)
-            for module in model.modules()
-            if isinstance(module, torch.nn.Embedding)
-        }
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        of_head = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-        kinds = dict.fromkeys(looked_up, "embedding") | dict.fromkeys(of_head, "head")
-        return [
-            Weight(
-                name=name,
-                # ZeRO-3 leaves a rank a part of it.
-                size=int(getattr(parameter, "ds_numel", parameter.numel())),
-                kind=kinds.get(id(parameter), "token"),  # type: ignore[arg-type]
-                trained=parameter.requires_grad,
-            )
-            for name, parameter in model.named_parameters()
-        ]
+        return model_weights(_model_of(strategy))
 
     def peak_flops(self) -> float:
         best, size = 0.0, _SMALLEST_MATRIX
@@ -199,6 +181,26 @@ class _TimedWork:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
+
+
+def model_weights(model: Any) -> list[Weight]:
+    """The parameters of a torch model, each once, in the order in which its modules were made."""
+    looked_up = {
+        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
+    }
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    of_head = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    kinds = dict.fromkeys(looked_up, "embedding") | dict.fromkeys(of_head, "head")
+    return [
+        Weight(
+            name=name,
+            # ZeRO-3 leaves a rank a part of it.
+            size=int(getattr(parameter, "ds_numel", parameter.numel())),
+            kind=kinds.get(id(parameter), "token"),  # type: ignore[arg-type]
+            trained=parameter.requires_grad,
+        )
+        for name, parameter in model.named_parameters()
+    ]
 
 
 def _model_of(strategy: Strategy) -> Any:

@@ -1,0 +1,77 @@
+"""What a model needs by our formula, against torch's own count of the products in both passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from ftlaunch.strategies.flops import read_shape, step_flops
+from ftlaunch.strategies.torch.instruments import model_weights
+from tests.tiny import CONFIGS
+
+ROWS, LENGTH = 3, 16
+
+
+def counted(model) -> int:
+    """Forward and backward on rows without padding. Sums and norms are no products: they are not counted."""
+    ids = torch.randint(1, 100, (ROWS, LENGTH))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids).logits.sum().backward()
+    return int(counter.get_total_flops())
+
+
+def make(kind, family):
+    config = AutoConfig.for_model(**CONFIGS[family])
+    config._attn_implementation = "eager"
+    model = kind.from_config(config)
+    model.train()
+    return model, read_shape(CONFIGS[family])
+
+
+def size(model, *, axes, ending=""):
+    return sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.dim() == axes and name.startswith(ending)
+    )
+
+
+def test_a_classifier():
+    model, shape = make(AutoModelForSequenceClassification, "bert")
+    found = step_flops(model_weights(model), shape, [LENGTH] * ROWS, 0)
+    # Ours counts vectors as weights, and pooler and classifier for every token, not for one a row.
+    vectors = 6 * ROWS * LENGTH * size(model, axes=1)
+    once_a_row = size(model, axes=2, ending="bert.pooler") + size(model, axes=2, ending="class")
+    extra = 6 * once_a_row * (ROWS * LENGTH - ROWS)
+    assert found - vectors - extra == counted(model)
+
+
+def test_a_frozen_body():
+    """Only the classifier learns: torch computes no gradients below it, and none of its input."""
+    model, shape = make(AutoModelForSequenceClassification, "bert")
+    for parameter in model.bert.parameters():
+        parameter.requires_grad = False
+    found = step_flops(model_weights(model), shape, [LENGTH] * ROWS, 0)
+    tokens = ROWS * LENGTH
+    frozen_vectors = size(model, axes=1, ending="bert")
+    vectors = 2 * tokens * frozen_vectors + 6 * tokens * size(model, axes=1, ending="class")
+    pooler = size(model, axes=2, ending="bert.pooler")
+    classifier = size(model, axes=2, ending="class")
+    extra = 2 * pooler * (tokens - ROWS) + 6 * classifier * (tokens - ROWS)
+    # The gradient of what comes out of a frozen body is needed by nobody.
+    unneeded = 2 * classifier * ROWS
+    assert found - vectors - extra - unneeded == counted(model)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_a_language_model(family):
+    """With fewer key heads than query heads; every token is learned."""
+    model, shape = make(AutoModelForCausalLM, family)
+    found = step_flops(model_weights(model), shape, [LENGTH] * ROWS, ROWS * LENGTH)
+    vectors = 6 * ROWS * LENGTH * size(model, axes=1)
+    # torch also multiplies positions with frequencies, forward alone, once.
+    positions = 2 * LENGTH * (32 // 2 // 2)
+    difference = counted(model) - (found - vectors)
+    assert difference in (0, positions, ROWS * positions)
