@@ -176,3 +176,20 @@ _CELLS = [
 def test_a_peer_computes_what_we_compute(tmp_path, model, tokens, ours, name, ranks):
     work = _work(model, tokens, ranks, 2)
     _check(_run(name, work, ranks, tmp_path), ours, ranks, _factor(name, ranks, 2))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_computes_it_at_every_stage(tmp_path, model, tokens, ours, stage):
+    work = _work(model, tokens, 2, 2, zero_stage=stage)
+    _check(_run("deepspeed", work, 2, tmp_path), ours, 2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_draws_its_own_order(tmp_path, model, tokens, name):
+    """Over the end of an epoch: 48 samples are 4 steps of 12."""
+    work = _work(model, tokens, 2, 2, order=None, steps=6, precision="bf16")
+    result = _run(name, work, 2, tmp_path)
+    assert (result["steps"], result["samples"], len(result["losses"])) == (5, 60, 6)
+    assert np.isfinite(result["losses"]).all()
