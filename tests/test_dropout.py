@@ -10,7 +10,9 @@ import torch
 import transformers
 from torch.nn import functional
 
+from ftlaunch.cluster.world import World
 from ftlaunch.strategies import registry
+from ftlaunch.strategies.torch.group import use_device
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -89,3 +91,37 @@ def test_dropout_is_drawn_as_the_seeds_say(pretrained, plain, undisturbed, name)
     losses = run_ranks(2, _losses, pretrained, name)[0]
     assert losses[:1] == pytest.approx(plain, rel=1e-5)
     assert losses == pytest.approx(undisturbed, rel=1e-5)
+
+
+def test_attention_in_bf16_is_not_widened_and_drops_as_it_should(tmp_path):
+    """Equal scores over 64 places, values of one: what comes out is kept / (64 · 0.9), whose mean is 1
+    and whose variance is 0.1 / (0.9 · 64); of 2,048 rows each.
+    """
+    folder = tiny.write_config(tmp_path / "bert", "bert")
+    world = World(
+        rank=0,
+        size=1,
+        local_rank=0,
+        local_size=1,
+        node_rank=0,
+        num_nodes=1,
+        master_address="127.0.0.1",
+        master_port=0,
+    )
+    is_allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed
+    threads = torch.get_num_threads()
+    try:
+        use_device(tiny.request(world, None, folder, precision="bf16"))
+        assert is_allowed()
+        torch.manual_seed(1)
+        query = torch.zeros(8, 4, 64, 16, dtype=torch.bfloat16)
+        values = torch.ones(8, 4, 64, 16, dtype=torch.bfloat16)
+        found = functional.scaled_dot_product_attention(query, query, values, dropout_p=0.1)
+        rows = found[..., 0].double()
+        assert abs(rows.mean() - 1) < 0.01
+        assert abs(rows.var() / (0.1 / (0.9 * 64)) - 1) < 0.15
+        use_device(tiny.request(world, None, folder, precision="fp32"))
+        assert not is_allowed()
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
+        torch.set_num_threads(threads)

@@ -24,6 +24,9 @@ def use_device(request: StrategyRequest) -> torch.device:
     """This rank's device, made the current one."""
     torch.set_num_threads(request.num_threads)
     if request.accelerator != "cuda":
+        # Attention with dropout goes by the products that are written out, on a CPU as well, and those
+        # are widened to fp32 unless this is set. Scores are scaled before, and bf16 does not overflow.
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(request.precision == "bf16")
         return torch.device("cpu")
     device = torch.device("cuda", request.world.local_rank)
     torch.cuda.set_device(device)
