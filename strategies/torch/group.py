@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from ftlaunch.cluster.world import World
 from ftlaunch.strategies.base import StrategyRequest
+from ftlaunch.strategies.torch.attention import use_byte_dropout
 
 # Process groups that are no longer used, and what refers to them; they end with the process.
 _LEFT: list[Any] = []
@@ -27,6 +28,7 @@ def use_device(request: StrategyRequest) -> torch.device:
         # Attention with dropout goes by the products that are written out, on a CPU as well, and those
         # are widened to fp32 unless this is set. Scores are scaled before, and bf16 does not overflow.
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(request.precision == "bf16")
+        use_byte_dropout()
         return torch.device("cpu")
     device = torch.device("cuda", request.world.local_rank)
     torch.cuda.set_device(device)
