@@ -215,7 +215,10 @@ def _batch(cell: Cell, size: tuple[int, int], seed: list[int]) -> Batch:
         labels = np.where(mask == 1, ids, -100)
         if cell.head == "token-classification":
             labels = np.where(mask == 1, ids % cell.num_outputs, -100)
-        weights = mask.astype(np.float32)
+        elif cell.head == "masked-lm":
+            labels = np.where(generator.random(size) < 0.15, labels, -100)
+            labels[0, 0] = ids[0, 0]
+        weights = (labels != -100).astype(np.float32)
     return Batch(
         inputs={"input_ids": ids, "attention_mask": mask},
         labels=labels,

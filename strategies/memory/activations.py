@@ -82,23 +82,24 @@ def activations(architecture: Architecture, setting: Setting) -> Activations:
     )
 
 
-def _attention(a: Architecture, s: Setting, *, expanded: bool, copied: bool) -> tuple[int, int]:
+def _attention(a: Architecture, s: Setting, *, expanded: bool = False) -> tuple[int, int]:
     """(kept, work) of the product of queries, keys and values, its output included.
 
     expanded   keys and values are copied for every head that shares them
-    copied     what matrices are made of is laid out anew (torch's math path does so)
     """
     heads = s.tokens * a.num_heads * a.head_size * s.width
     shared = s.tokens * a.num_kv_heads * a.head_size * s.width
     matrix = s.rows * a.num_heads * s.length * s.length
-    kept = (
-        heads + 2 * (heads if expanded or (copied and s.kernel == "matrices") else shared) + heads
-    )
     if s.kernel == "matrices":
-        kept += matrix * s.width
+        # Computed in fp32 whatever the precision, of keys and values for every head.
+        exact = 4 * s.tokens * a.num_heads * a.head_size
+        kept = 3 * exact + heads + 4 * matrix
         if a.attention_dropout:
-            kept += matrix * (s.noise + s.width)
-        return kept, matrix * s.width
+            kept += matrix * ((4 if s.noise > 1 else 1) + 4)
+        if a.family == "deberta-v2" and s.width == 4:
+            kept += 8 * matrix  # scores of positions, gathered for keys and for queries
+        return kept, 4 * matrix
+    kept = heads + 2 * (heads if expanded else shared) + heads
     kept += 4 * s.rows * a.num_heads * s.length
     if s.padded and s.kernel == "fused":
         kept += s.rows * s.length * s.length * s.width
@@ -124,7 +125,7 @@ def _bert(a: Architecture, s: Setting) -> Activations:
     hidden = s.tokens * a.hidden_size
     noise = hidden * s.noise if a.hidden_dropout else 0
     norm = hidden * (s.residual + s.width)
-    core, work = _attention(a, s, expanded=False, copied=True)
+    core, work = _attention(a, s)
     inner, mlp_work = _mlp(a, s)
     return Activations(
         attention=core + noise + norm,
@@ -141,7 +142,7 @@ def _before_norm(a: Architecture, s: Setting) -> Activations:
     hidden = s.tokens * a.hidden_size
     noise = hidden * s.noise if a.hidden_dropout else 0
     norm = hidden * (s.residual + s.width)
-    core, work = _attention(a, s, expanded=False, copied=True)
+    core, work = _attention(a, s)
     if a.family in _ROTARY or a.block == "modernbert":
         core += s.tokens * a.num_heads * a.head_size * s.width
     inner, mlp_work = _mlp(a, s)
@@ -159,7 +160,7 @@ def _llama(a: Architecture, s: Setting) -> Activations:
     """RMS norms, written out: what is normalised and what it gives are kept."""
     hidden = s.tokens * a.hidden_size
     expanded = a.num_kv_heads < a.num_heads and s.padded and s.kernel != "varlen"
-    core, work = _attention(a, s, expanded=expanded, copied=True)
+    core, work = _attention(a, s, expanded=expanded)
     norm = 2 * hidden * s.width
     if s.width < 4:
         norm += 4 * hidden  # it is computed in fp32
