@@ -226,7 +226,7 @@ class _Benchmark:
     def run(self, json_stream: TextIO | None) -> int:
         """Run all cells; the exit code. What is done is kept, whatever ends it."""
         try:
-            with _sigterm_as_ctrl_c():
+            with _signals_as_ctrl_c():
                 stopped = self._run_all()
         except KeyboardInterrupt:
             stopped = True
@@ -311,17 +311,21 @@ class _Benchmark:
 
 
 @contextlib.contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Also between runs, and while a peer runs: nothing is left behind. A coordinator has its own way."""
+def _signals_as_ctrl_c() -> Iterator[None]:
+    """Those of a scheduler, between runs and while a peer runs: nothing is left behind. A coordinator hears
+    them in its own way.
+    """
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _code(here: Machine) -> dict[str, Any]:

@@ -125,7 +125,8 @@ def test_beside_peers(nodes, peers, inputs, tmp_path):
     few = ["--steps", "3", "--warmup-steps", "1", "--repeats", "2", "--precision", "fp32"]
     arguments = ["--model", model, "--dataset", data, "model.random_weights=true"]
     result = ftlaunch(
-        "bench", "--nodes", nodes, "--compare", ",".join(peers), *few, *arguments, "-o", out
+        *["bench", "--nodes", nodes, "--compare", ",".join(peers), *few, *arguments, "-o", out],
+        timeout=580,
     )
     assert result.returncode == 0, said(result)
     content = results_of(out)
