@@ -22,6 +22,7 @@ class Setting:
     width      bytes of what matrix products give and take
     residual   bytes of what the layers hand on to one another
     noise      bytes of an element of a dropout's mask
+    matrix, matrix_noise   the same of attention's matrices, and of the mask of their dropout
     kernel     of attention: "matrices" keeps rows × heads × length × length, "fused" does not, "varlen"
                does without a mask of rows × length × length, too
     padded     rows differ in length, so that there is a mask
@@ -32,6 +33,8 @@ class Setting:
     width: int
     residual: int
     noise: int
+    matrix: int
+    matrix_noise: int
     kernel: str
     padded: bool
 
@@ -91,14 +94,14 @@ def _attention(a: Architecture, s: Setting, *, expanded: bool = False) -> tuple[
     shared = s.tokens * a.num_kv_heads * a.head_size * s.width
     matrix = s.rows * a.num_heads * s.length * s.length
     if s.kernel == "matrices":
-        # Computed in fp32 whatever the precision, of keys and values for every head.
-        exact = 4 * s.tokens * a.num_heads * a.head_size
-        kept = 3 * exact + heads + 4 * matrix
+        # Of keys and values for every head.
+        exact = s.matrix * s.tokens * a.num_heads * a.head_size
+        kept = 3 * exact + heads + s.matrix * matrix
         if a.attention_dropout:
-            kept += matrix * ((4 if s.noise > 1 else 1) + 4)
+            kept += matrix * (s.matrix_noise + s.matrix)
         if a.family == "deberta-v2" and s.width == 4:
             kept += 8 * matrix  # scores of positions, gathered for keys and for queries
-        return kept, 4 * matrix
+        return kept, s.matrix * matrix
     kept = heads + 2 * (heads if expanded else shared) + heads
     kept += 4 * s.rows * a.num_heads * s.length
     if s.padded and s.kernel == "fused":

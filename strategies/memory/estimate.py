@@ -176,6 +176,11 @@ def _check(request: MemoryRequest) -> None:
 def _setting(request: MemoryRequest) -> Setting:
     width = _FP32 if request.precision == "fp32" else 2
     is_autocast = request.strategy in ("ddp", "mindspore")
+    # Eager attention and math paths are fp32, but for what `strategies/torch/attention.py` and
+    # `group.use_device` do on CPUs.
+    on_cpu = request.accelerator == "cpu" and request.strategy != "mindspore"
+    matrix = width if on_cpu and request.attention != "eager" else _FP32
+    by_bytes = on_cpu and request.attention != "eager" and not request.architecture.is_causal
     return Setting(
         rows=request.micro_batch,
         length=request.length,
@@ -183,6 +188,8 @@ def _setting(request: MemoryRequest) -> Setting:
         residual=_FP32 if is_autocast else width,
         # CPUs keep a factor for each element, GPUs a flag.
         noise=width if request.accelerator == "cpu" else 1,
+        matrix=matrix,
+        matrix_noise=1 if by_bytes or not on_cpu else matrix,
         kernel=_kernel(request),
         padded=request.micro_batch > 1,
     )
