@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,24 +45,39 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, action="append")
     parser.add_argument("--precision", action="append", choices=("fp32", "bf16"))
+    parser.add_argument("--bound", action="append", type=_bound, help="SAMPLES,TOKENS")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     for data in args.data:
         for precision in args.precision or ["fp32", "bf16"]:
-            measure(args.model, data, precision, args.max_length, args.steps, args.rounds)
+            options = _options(args.model, data, args.max_length)
+            print(f"\n{Path(data).name}, {precision}, {args.steps} steps, {args.rounds} rounds\n")
+            measure(options, precision, args.bound or BOUNDS, args.steps, args.rounds)
 
 
-def measure(
-    model: str, data: str, precision: str, max_length: int, steps: int, rounds: int
-) -> None:
-    """Print a table of markdown: bounds, seconds a step, against 8 samples, micro-batches, padding."""
-    options = JobOptions(
+def _bound(text: str) -> tuple[int, int]:
+    samples, tokens = text.split(",")
+    return int(samples), int(tokens)
+
+
+def _options(model: str, data: str, max_length: int) -> JobOptions:
+    return JobOptions(
         model=ModelOptions(name_or_path=str(Path(model).absolute())),
         data=DataOptions(name_or_path=str(Path(data).absolute()), max_length=max_length),
         train=TrainOptions(global_batch_size=32, seed=1),
     )
+
+
+def measure(
+    options: JobOptions,
+    precision: str,
+    bounds: Sequence[tuple[int, int]],
+    steps: int,
+    rounds: int,
+) -> None:
+    """Print a table of markdown: bounds, seconds a step, against 8 samples, micro-batches, padding."""
     tokens = _tokens(options)
     strategy = _strategy(options, tokens, precision)
     view = Windows(
@@ -72,15 +88,14 @@ def measure(
         micro_batch=8,
     )
     views = {
-        bound: replace(view, micro_batch=bound[0], max_tokens=bound[1] or None) for bound in BOUNDS
+        bound: replace(view, micro_batch=bound[0], max_tokens=bound[1] or None) for bound in bounds
     }
-    _seconds(strategy, views[8, 0], 1)
-    taken: dict[tuple[int, int], list[float]] = {bound: [] for bound in BOUNDS}
+    _seconds(strategy, views[bounds[0]], 1)
+    taken: dict[tuple[int, int], list[float]] = {bound: [] for bound in bounds}
     for _ in range(rounds):
         for bound, each in views.items():
             taken[bound].append(_seconds(strategy, each, steps))
-    base = taken[8, 0]
-    print(f"\n{Path(data).name}, {precision}, {steps} steps, {rounds} rounds\n")
+    base = taken.get((8, 0)) or taken[bounds[0]]
     print("| samples | tokens | s a step | times 8 samples | micro-batches a step | padding |")
     print("|---|---|---|---|---|---|")
     for bound, seconds in taken.items():
