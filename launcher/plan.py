@@ -50,15 +50,16 @@ class LaunchPlan:
     world_size: int
     global_batch_size: int
     micro_batch: int
-    max_tokens_per_micro_batch: int | None
     eval_micro_batch: int
-    eval_max_tokens: int | None
-    prove_micro_batch: bool
     accumulation: int
     threads_per_rank: int
     start_method: StartMethod
     hosts: tuple[HostPlan, ...]
     reasons: tuple[Reason, ...]
+    # With defaults, since the plans of earlier versions lack them.
+    max_tokens_per_micro_batch: int | None = None
+    eval_max_tokens: int | None = None
+    prove_micro_batch: bool = False
     # Of training, where the model was looked at.
     memory: MemoryTable | None = None
 

@@ -115,6 +115,19 @@ def test_nodes_share_the_gpus_by_name(tmp_path):
     assert [[rank.env["LOCAL_RANK"] for rank in ranks] for ranks in starts] == [["0", "1"]] * 2
 
 
+def test_the_plan_of_an_earlier_version_is_read(tmp_path):
+    """Finished jobs of it can be evaluated."""
+    made = _plan(CPU, nodes=1)
+    content = made.to_json()
+    for name in ("max_tokens_per_micro_batch", "eval_max_tokens", "prove_micro_batch", "memory"):
+        del content[name]
+    del content["options"]["bench"]
+    content["options"]["model"]["gradient_checkpointing"] = False
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(content))
+    assert LaunchPlan.read(path).options.model.gradient_checkpointing is False
+
+
 def test_the_plan_survives_json(tmp_path):
     plan = _plan(nodes=2, overrides=["model.freeze=[base_model]", "train.class_weights=[1, 2]"])
     path = tmp_path / "plan.json"
