@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -90,7 +89,7 @@ def smallest_cluster(
     def way_on(nodes: int) -> Way | None:
         world_size = nodes * ranks
         total = work.share * work.world_size
-        share = max(1, math.ceil(total / world_size))
+        share = -(-total // world_size)
         rows = min(work.rows, share)
         larger = replace(work, world_size=world_size, share=share, rows=rows)
         return next((way for way in ways if measure(way, larger, room).fits), None)

@@ -18,6 +18,7 @@ from ftlaunch.cluster.errors import UserError
 from ftlaunch.launcher.config import RunConfig
 from ftlaunch.strategies.data.task_names import check_task
 from ftlaunch.strategies.memory.architecture import Architecture, TensorSpec, read_architecture
+from ftlaunch.strategies.memory.settings import MAX_SIZE
 from ftlaunch.strategies.model_config import (
     DEFAULT_MAX_LENGTH,
     check_max_length,
@@ -116,9 +117,11 @@ def _cached(name: str, revision: str | None) -> Path:
     if _HUB_NAME.fullmatch(name):
         with contextlib.suppress(OSError, ValueError):
             commit = (folder / "refs" / commit).read_text().strip()
-        path = folder / "snapshots" / commit / "config.json"
-        if path.is_file():
-            return path
+        # A name that is too long, or a cache that is not for this user to look into.
+        with contextlib.suppress(OSError, ValueError):
+            path = folder / "snapshots" / commit / "config.json"
+            if path.is_file():
+                return path
     raise UserError(
         f"config.json of the model {name!r} is not in the hub's cache here, and a plan asks no "
         "network. Pass the path of a config.json, or of a folder that has one."
@@ -128,6 +131,8 @@ def _cached(name: str, revision: str | None) -> Path:
 def _known(config: RunConfig, content: Mapping[str, Any]) -> JobMemory:
     limit = max_length_of(dict(content))
     length = config.data.max_length or min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+    # Of a model without a single position that can be used, and of a length that is no number of tokens.
+    length = min(max(1, length), MAX_SIZE)
     if config.model.dropout is not None:
         content = _with_dropout(content, config.model.dropout)
     if config.model.trust_remote_code and "auto_map" in content:
@@ -184,7 +189,7 @@ def _with_adapter(
     architecture: Architecture, options: LoraOptions
 ) -> tuple[Architecture, Callable[[str], bool]]:
     """The two matrices of rank r of each linear layer below the head, which alone are trained with it."""
-    rank = options.r or 0
+    rank = min(options.r or 0, MAX_SIZE)
     base = f"{architecture.layer_prefix.partition('.')[0]}."
     ends = None if options.target_modules == ("all-linear",) else options.target_modules
     added = []

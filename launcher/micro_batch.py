@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -66,7 +65,7 @@ def choose_micro_batch(
     fits   None where nothing is known of the memory; what the user set is not lowered by it
     """
     train = config.train
-    share = math.ceil(train.global_batch_size / world_size)
+    share = -(-train.global_batch_size // world_size)
     asked_samples, asked_tokens = (
         train.per_device_train_batch_size,
         train.max_tokens_per_micro_batch,
@@ -88,8 +87,8 @@ def choose_micro_batch(
                 tokens_origin = (
                     f"the memory of a device holds {fits.samples} of {fits.length:,} tokens"
                 )
-    accumulation = math.ceil(share / bound)
-    samples = math.ceil(share / accumulation)
+    accumulation = -(-share // bound)
+    samples = -(-share // accumulation)
     why = f"{share} samples a rank of a global batch of {train.global_batch_size}"
     why += f", at most {bound} at once ({origin})" if origin else ", as many as the tokens allow"
     reasons = [Reason(choice="micro-batch", value=str(samples), why=why)]
@@ -159,7 +158,7 @@ def halve_micro_batch(plan: LaunchPlan, phase: PhaseName = "train") -> LaunchPla
     if plan.micro_batch == 1:
         return None
     micro_batch, tokens = plan.micro_batch // 2, _half(plan.max_tokens_per_micro_batch)
-    accumulation = math.ceil(math.ceil(plan.global_batch_size / plan.world_size) / micro_batch)
+    accumulation = -(-plan.global_batch_size // (plan.world_size * micro_batch))
     same = "; the global batch is the same"
     changed = [
         _halved("micro-batch", plan.micro_batch, same),

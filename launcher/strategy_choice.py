@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +16,7 @@ from ftlaunch.launcher.memory_table import MemoryRow, MemoryTable, gib
 from ftlaunch.launcher.micro_batch import Fits, choose_micro_batch
 from ftlaunch.launcher.precision import choose_precision
 from ftlaunch.strategies.deepspeed_config import offload_devices, stage_of
+from ftlaunch.strategies.memory.settings import MAX_SIZE
 from ftlaunch.strategies.registry import STRATEGIES, entry
 
 # From the fastest to the one that takes least of a device. Computing activations again costs a third of
@@ -368,8 +368,8 @@ def _work(config: RunConfig, layout: Layout, memory: JobMemory) -> Work:
         memory=memory,
         accelerator=layout.accelerator,
         world_size=layout.world_size,
-        share=math.ceil(train.global_batch_size / layout.world_size),
-        rows=rows,
+        share=-(-train.global_batch_size // layout.world_size),
+        rows=min(rows, MAX_SIZE),
         fixed=train.per_device_train_batch_size is not None
         or train.max_tokens_per_micro_batch is not None,
         attention=config.model.attn_implementation,

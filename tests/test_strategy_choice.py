@@ -279,16 +279,52 @@ def test_a_bound_refuses_nothing(plan):
         {**LLAMA_1B, "max_position_embeddings": "long"},
         {**LLAMA_1B, "id2label": {"a": "b", "c": "d"}},
         {"model_type": "zebra", "hidden_size": [1]},
+        {**LLAMA_1B, "model_type": "zebra\ud800"},
+        {**LLAMA_1B, "attention_dropout": 10**400},
+        {"model_type": "roberta", "max_position_embeddings": 1},
+        {"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 10**400},
     ],
-    ids=repr,
+    ids=lambda content: repr(content)[:80],
 )
 def test_a_configuration_that_is_nonsense_leaves_the_rest_of_the_plan(plan, content):
     """Whoever loads the model says what is wrong with it; a plan says why it has no estimate."""
     made = plan(content)
     assert made.strategy == "ddp"
+    json.dumps(made.to_json(), ensure_ascii=False).encode()
     if made.memory.why_not:
         assert made.memory_lines() == [f"memory is not estimated: {made.memory.why_not}"]
         assert "not known" in why(made, "memory")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "data.max_length",
+        "lora.r",
+        "train.global_batch_size",
+        "train.per_device_train_batch_size",
+        "train.max_tokens_per_micro_batch",
+    ],
+)
+def test_a_number_beyond_all_sense_is_planned_or_refused(plan, key):
+    """It is beyond floats, too. All at once or one at a time, there is no other end than these two."""
+    unlimited = {k: v for k, v in LLAMA_1B.items() if k != "max_position_embeddings"}
+    overrides = [f"{key}=1{'0' * 400}"]
+    if key == "train.per_device_train_batch_size":
+        overrides.append(f"train.global_batch_size=1{'0' * 400}")
+    for strategy in ("auto", "zero2"):
+        try:
+            made = plan(unlimited, 24 * GIB, *overrides, strategy=strategy)
+        except UserError as error:
+            assert "do not fit on" in str(error)
+        else:
+            assert made.describe()
+            assert made.memory_lines()
+
+
+def test_a_name_that_no_file_can_have_is_no_model_of_the_hub(tmp_path):
+    config = load_config(file=None, flags={"model": "a" * 300}, overrides=[], data_optional=True)
+    assert "is not in the hub's cache" in read_job_memory(config).why_not
 
 
 def test_a_file_that_is_no_json(plan, tmp_path):

@@ -89,8 +89,9 @@ def read_architecture(
     if num_outputs < 1 and head in HEADS[:2]:
         raise ValueError(f"num_outputs is {num_outputs}, at least 1 is expected")
     family = config.get("model_type")
-    if family is not None and not isinstance(family, str):
-        raise UserError("config.json: model_type must be a text. Correct it.")
+    # It is shown: surrogates could not be printed.
+    if family is not None and not (isinstance(family, str) and family.isprintable()):
+        raise UserError("config.json: model_type must be a text that can be printed. Correct it.")
     settings = Settings(values=config)
     makers: dict[str, Callable[[Settings, str, str, int], Architecture | None]] = {
         **dict.fromkeys(encoders.FAMILIES, encoders.make),

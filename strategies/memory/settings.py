@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +50,7 @@ class Settings:
                 value = default
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise _wrong(name, value, "must be a number from 0 to 1")
-            if not (math.isfinite(value) and 0 <= value <= 1):
+            if not 0 <= value <= 1:  # neither is what is not a number
                 raise _wrong(name, value, "must be a number from 0 to 1")
             found = found or value > 0
         return found
