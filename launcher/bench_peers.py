@@ -34,6 +34,11 @@ PEERS: Mapping[str, tuple[str, ...]] = {
 _ALWAYS = ("torch", "transformers")
 # Every process of a peer has it in its environment, whatever its parent or session is.
 _MARK = "FTLAUNCH_PEER"
+# Named in `benchmarks/peers/owned.py`, through which torchrun and every rank are started.
+_OWNED = f"{_PACKAGE}.owned"
+_OWNER = "FTLAUNCH_PEER_OWNER"
+# What tells a rank of another launcher its place: a peer that has it from us has none of that.
+_PLACES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _END_SECONDS = 30.0
 _TAIL_CHARACTERS = 4000
 
@@ -70,7 +75,8 @@ def run_program(
     timeout_seconds: float,
     environment: Mapping[str, str] | None = None,
 ) -> PeerRun:
-    """Run a peer in `folder`, which is made, and wait for it; nothing of it outlives this call.
+    """Run a peer in `folder`, which is made, and wait for it; nothing of it outlives this call, nor this
+    process, should that be killed.
 
     work          what stands in WORK.json; its paths are absolute
     environment   beside this process's own
@@ -83,11 +89,14 @@ def run_program(
     )
     work_file.write_text(json.dumps(work) + "\n")
     words = [f"{_PACKAGE}.{name}", str(work_file), str(result_file)]
-    command = [sys.executable, "-m"]
+    command = [sys.executable, "-m", _OWNED]
     if ranks > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += ["-m", _OWNED]
     mark = uuid.uuid4().hex
-    variables = {**os.environ, **_threads(work), **(environment or {}), _MARK: mark}
+    variables = {key: value for key, value in os.environ.items() if key not in _PLACES}
+    variables |= {**_threads(work), **_devices(work, ranks), **(environment or {})}
+    variables |= {_MARK: mark, _OWNER: str(os.getpid())}
     started = time.perf_counter()
     with log.open("wb") as stream:
         process = subprocess.Popen(
@@ -123,6 +132,15 @@ def _threads(work: Mapping[str, Any]) -> dict[str, str]:
     """OpenMP's threads are those of the work, from the first import on."""
     threads = work.get("threads")
     return {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+
+
+def _devices(work: Mapping[str, Any], ranks: int) -> dict[str, str]:
+    """As many GPUs as ranks: the Trainer would spread one rank over all that it sees."""
+    if work.get("device") != "cuda":
+        return {}
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = [str(number) for number in range(ranks)] if given is None else given.split(",")
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[:ranks])}
 
 
 def _read(file: Path) -> Mapping[str, Any] | None:
