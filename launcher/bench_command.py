@@ -49,6 +49,8 @@ from ftlaunch.launcher.config import RunConfig, load_config
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.job import check_input, prepare_demo
 from ftlaunch.launcher.npus import with_rank_table
+from ftlaunch.launcher.peer_work import check_comparable
+from ftlaunch.launcher.plan import LaunchPlan
 from ftlaunch.launcher.site import find_site
 from ftlaunch.strategies.checkpoint.manifest import write_json
 from ftlaunch.strategies.data.demo import DEMO_OPTIONS
@@ -72,14 +74,17 @@ def bench(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
     repeats = config.bench.repeats or default
     config = replace(config, bench=replace(config.bench, repeats=repeats))
     here = detect_machine(os.environ)
+    if peers:
+        _check_peers(config, cells, here)
     # With --json stdout is for the result alone.
     with Console(sys.stderr if arguments.json else sys.stdout) as console:
+        folder = _folder_of(config)
         if arguments.dry_run:
             console.plan(_plan_lines(config, cells, here, peers))
             console.say("dry run: nothing was started")
             return EXIT_DONE
         need_descriptors(max(cell.nodes for cell in cells))
-        folder = _make_folder(config)
+        _make_folder(folder)
         if config.model.name_or_path is None:
             synthetic = config.bench.lengths is not None
             config = prepare_demo(config)
@@ -142,8 +147,8 @@ def _check_data(config: RunConfig) -> None:
         )
 
 
-def _make_folder(config: RunConfig) -> Path:
-    """An empty one. UserError when there is something in it."""
+def _folder_of(config: RunConfig) -> Path:
+    """An empty one, or none yet. UserError when there is something in it."""
     if config.output_dir is None:
         folder = Path.cwd() / "ftlaunch-bench" / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
     else:
@@ -155,13 +160,43 @@ def _make_folder(config: RunConfig) -> Path:
             f"the output folder {folder} is not empty. A benchmark overwrites nothing: choose another with "
             "-o, or remove it first."
         )
+    return folder
+
+
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"the output folder {folder} cannot be made: {error.strerror}. Choose another with -o."
         ) from None
-    return folder
+
+
+def _check_peers(config: RunConfig, cells: Sequence[Cell], here: Machine) -> None:
+    """UserError for a cell whose work no peer can do; what cannot be run at all is told in its turn."""
+    least = min(cell.nodes for cell in cells)
+    for cell in cells:
+        try:
+            plan = _plan_here(config, cell, least, here)
+        except UserError:
+            continue
+        check_comparable(plan, on_one_machine=True)
+
+
+def _plan_here(config: RunConfig, cell: Cell, least: int, here: Machine) -> LaunchPlan:
+    """As if every node were like this machine. UserError when the cell cannot be run."""
+    own = config_of(config, cell)
+    own = replace(own, cluster=with_rank_table(own.cluster, here, os.environ))
+    site = find_site(own.cluster, os.environ)
+    return plan_cell(
+        own,
+        cell,
+        least,
+        site,
+        [here] * len(site.hosts),
+        output_dir="/",
+        assumed=not site.is_one_machine,
+    )
 
 
 def _plan_lines(
@@ -171,19 +206,8 @@ def _plan_lines(
     lines, mistakes = [], []
     least = min(cell.nodes for cell in cells)
     for cell in cells:
-        own = config_of(config, cell)
-        own = replace(own, cluster=with_rank_table(own.cluster, here, os.environ))
-        site = find_site(own.cluster, os.environ)
         try:
-            plan = plan_cell(
-                own,
-                cell,
-                least,
-                site,
-                [here] * len(site.hosts),
-                output_dir="/",
-                assumed=not site.is_one_machine,
-            )
+            plan = _plan_here(config, cell, least, here)
         except UserError as error:
             mistakes.append(str(error))
             lines.append(f"{cell.name}: cannot be run: {error}")

@@ -103,7 +103,8 @@ class Comparison:
         folder = self._folder / "peers" / cell.name
         if cell not in self._works:
             check_comparable(plan, on_one_machine=True)
-            folder.mkdir(parents=True)
+            # It is there where the work could not be made for another peer.
+            folder.mkdir(parents=True, exist_ok=True)
             bench = plan.options.bench
             self._works[cell] = make_peer_work(
                 plan,

@@ -41,6 +41,8 @@ def check_comparable(plan: LaunchPlan, *, on_one_machine: bool) -> None:
         why = (
             "deepspeed.offload or deepspeed.config is set, and the peers have DeepSpeed's defaults"
         )
+    elif options.data.packing == "samples" and options.data.name_or_path is not None:
+        why = "data.packing is samples, and the peers would let the samples of a row see each other"
     if why is not None:
         raise UserError(f"--compare cannot be done: {why}. Leave out one of the two.")
 

@@ -196,6 +196,25 @@ def test_a_stop_keeps_what_is_done(inputs, tmp_path):
     assert processes_of(out) == []
 
 
+def test_a_stop_while_a_peer_runs(inputs, tmp_path):
+    """As a scheduler ends it. What was measured before is kept, and torchrun's ranks are gone."""
+    model, data = inputs
+    out = tmp_path / "out"
+    arguments = ["--model", model, "--dataset", data, "model.random_weights=true", "-o", out]
+    with start("bench", "--nodes", 2, "--compare", "torchrun", *FEW, *arguments) as process:
+        log = out / "peers" / "auto-fp32-base-2" / "torchrun" / "1" / "log.txt"
+        wait_until(log.exists, 120, "the peer")
+        wait_until(lambda: len(processes_of(out)) == 4, 60, "its ranks", every=0.002)
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, f"{output}\n{errors}"
+    assert "Traceback" not in errors
+    assert processes_of(out) == []
+    content = results_of(out)
+    assert content["stopped"]
+    assert len(content["cells"][0]["repeats"]) == 1
+
+
 # -- mistakes -----------------------------------------------------------------------------------
 
 
@@ -225,6 +244,19 @@ def test_a_stop_keeps_what_is_done(inputs, tmp_path):
         (["--compare", "hf,horovod"], ["horovod", "no peer", "torchrun"]),
         (["--compare", "hf,hf"], ["--compare", "twice"]),
         (["--compare", "hf", "--hostfile", "HOSTS"], ["--compare", "one machine"]),
+        (
+            [
+                "--compare",
+                "hf",
+                "--model",
+                "MODEL",
+                "model.random_weights=true",
+                "model.freeze=[bert]",
+            ],
+            ["--compare", "model.freeze"],
+        ),
+        (["--dry-run", "-o", "FILE"], ["is a file"]),
+        (["--dry-run", "-o", "FULL"], ["not empty"]),
         (["bench.stepps=3"], ["bench.stepps is not a key", "bench.steps"]),
         (["script.py"], ["script.py"]),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +14,7 @@ from safetensors.numpy import load_file
 
 from ftlaunch.cluster.errors import JobError, UserError
 from ftlaunch.cluster.machine import detect_machine
-from ftlaunch.launcher import bench_peers
+from ftlaunch.launcher import bench_compare, bench_peers
 from ftlaunch.launcher.bench_peers import PEERS, check_peer, run_program
 from ftlaunch.launcher.config import load_config
 from ftlaunch.launcher.peer_work import check_comparable, make_peer_work, plan_tokens
@@ -24,7 +26,17 @@ from ftlaunch.strategies.data.token_batches import TokenCollator
 from ftlaunch.strategies.data.token_samples import TokenSample
 from ftlaunch.strategies.job_data import make_collator
 from ftlaunch.strategies.loop import Windows
-from tests.jobs import ftlaunch, metrics_of, processes_of, said, write_data, write_model
+from tests.jobs import (
+    assert_no_process_left,
+    ftlaunch,
+    metrics_of,
+    processes_of,
+    said,
+    wait_until,
+    write_data,
+    write_model,
+)
+from tests.test_bench_numbers import cell, measured
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +236,7 @@ def save_weights(folder, causal):
         ({"lora.r": 4}, "adapter"),
         ({"model.freeze": ("embeddings",)}, "model.freeze"),
         ({"deepspeed.offload": "cpu"}, "offload"),
+        ({"data.packing": "samples"}, "packing"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -243,6 +256,17 @@ def test_several_machines_cannot_be_compared(folders):
     check_comparable(plan_of(folders), on_one_machine=True)
     with pytest.raises(UserError, match="several machines"):
         check_comparable(plan_of(folders), on_one_machine=False)
+
+
+def test_work_that_cannot_be_made_is_told_of_every_peer(folders, tmp_path, monkeypatch):
+    def refuse(*arguments, **settings):
+        raise UserError("no such rows")
+
+    monkeypatch.setattr(bench_compare, "make_peer_work", refuse)
+    comparison = bench_compare.Comparison(["hf", "torchrun"], tmp_path)
+    lines = comparison.run(cell(2), plan_of(folders), measured(10), 0)
+    assert [line.split("failed: ")[1] for line in lines] == ["no such rows"] * 2
+    assert comparison.run(cell(2), plan_of(folders), measured(10), 1) == []
 
 
 def test_a_peer_that_does_not_exist():
@@ -277,3 +301,46 @@ def test_a_peer_that_takes_too_long_is_ended_with_its_ranks(tmp_path):
     with pytest.raises(JobError, match="more than 3 s"):
         run_program("hf", work, ranks=2, folder=tmp_path / "peer", timeout_seconds=3)
     assert not processes_of(tmp_path / "peer")
+
+
+COMPARES = """
+import json, sys
+from pathlib import Path
+from ftlaunch.launcher.bench_peers import run_program
+
+work = {"model": "x", "rows": "x", "micro_batch": 1, "steps": 1}
+run_program("hf", work, ranks=int(sys.argv[2]), folder=Path(sys.argv[1]), timeout_seconds=120)
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_peer_ends_with_whoever_compares(tmp_path, ranks):
+    """Killed, it could clean up nothing: its ranks, which torchrun gives sessions of their own, see it."""
+    folder = tmp_path / "peer"
+    command = [sys.executable, "-c", COMPARES, str(folder), str(ranks)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        all_of_them = 2 if ranks == 1 else 4
+        wait_until(lambda: len(processes_of(folder)) == all_of_them, 60, "its ranks", every=0.002)
+        process.kill()
+        process.wait()
+    assert_no_process_left(folder)
+
+
+def test_a_peer_has_its_place_from_us(tmp_path, monkeypatch):
+    """A pod or a job step may say that this process is one of many ranks."""
+    for name, value in {"WORLD_SIZE": "9", "RANK": "3", "MASTER_ADDR": "192.0.2.1"}.items():
+        monkeypatch.setenv(name, value)
+    work = {"model": "no such model", "rows": "x", "micro_batch": 1, "steps": 1}
+    with pytest.raises(JobError, match="ended with 1"):
+        run_program("torchrun", work, ranks=1, folder=tmp_path / "peer", timeout_seconds=60)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [(None, "0,1"), ("GPU-a,GPU-b,GPU-c", "GPU-a,GPU-b"), ("5", "5")]
+)
+def test_a_peer_sees_as_many_gpus_as_it_has_ranks(given, found, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert bench_peers._devices({"device": "cuda"}, 2) == {"CUDA_VISIBLE_DEVICES": found}
+    assert bench_peers._devices({"device": "cpu"}, 2) == {}
