@@ -66,6 +66,23 @@ def test_what_is_not_dropped_is_torchs_attention(kind):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_autocast_is_minded_where_queries_and_values_differ_in_precision():
+    """As in a decoder whose rotation widens queries and keys; a row that may look nowhere is a number."""
+    query, key, value = _inputs(torch.float32)
+    mask = torch.zeros(2, 1, 48, 48)
+    mask[:, :, 5] = torch.finfo(torch.float32).min
+    mask[:, :, 6] = -torch.inf
+    found = []
+    for attention, dropout in ((_instead_of(_never), 1 / 65536), (sdpa_attention_forward, 0.0)):
+        torch.manual_seed(6)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output, _ = attention(_Module(), query, key, value.bfloat16(), mask, dropout=dropout)
+        assert output.dtype == torch.bfloat16
+        assert torch.isfinite(output).all()
+        found.append(torch.cat([output[:, :5], output[:, 7:]], 1))
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.02)
+
+
 def test_what_is_drawn_again_is_the_same():
     from torch.utils.checkpoint import checkpoint
 
@@ -99,4 +116,5 @@ def test_the_rest_goes_on_to_torch():
     attention(_Module(), query, key, value, None, dropout=0.1, is_causal=True)
     attention(_Module(), query, key[:, :1], value[:, :1], None, dropout=0.1)
     attention(_Module(), *_inputs(length=8), None, dropout=0.1)
-    assert [call["dropout"] for call in calls] == [0.0, 0.1, 0.1, 0.1]
+    attention(_Module(), query, key, value, None, dropout=0.1, is_causal=False, softcap=30.0)
+    assert [call["dropout"] for call in calls] == [0.0, 0.1, 0.1, 0.1, 0.1]

@@ -16,6 +16,8 @@ import torch
 # Of shorter rows there is little to be had.
 _SHORTEST = 48
 _NUMBERS = 1 << 16
+# Arguments that change what is computed, or that torch's attention refuses.
+_OTHERS = ("position_bias", "softcap", "cache")
 _Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
@@ -50,7 +52,7 @@ def _instead_of(plain: _Attention) -> _Attention:
             or query.shape[-2] < _SHORTEST
             or query.shape[1] != key.shape[1]
             or (attention_mask is None and causal)
-            or others.get("position_bias") is not None
+            or any(others.get(name) is not None for name in _OTHERS)
         ):
             return plain(
                 module,
@@ -64,6 +66,10 @@ def _instead_of(plain: _Attention) -> _Attention:
                 **others,
             )
         width = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if torch.is_autocast_enabled("cpu"):
+            # As it does for the kernel: rotated queries and keys may be in fp32 beside values in bf16.
+            dtype = torch.get_autocast_dtype("cpu")
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         # Autocast would give the weights in fp32. The kernel computes them so, and rounds once.
         with torch.autocast("cpu", enabled=False):
             scores = torch.matmul(query * width, key.transpose(-1, -2))
@@ -78,10 +84,12 @@ def _instead_of(plain: _Attention) -> _Attention:
 
 
 def _masked(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    # Not minus infinity, which the least number of a wider dtype becomes as well: a row that may look
+    # nowhere is to be a number.
+    least = torch.finfo(scores.dtype).min
     if mask.dtype != torch.bool:
-        return scores + mask.to(scores.dtype)
-    # Not minus infinity: a row that may look nowhere is to be a number.
-    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return scores + mask.to(scores.dtype).clamp(min=least)
+    return scores.masked_fill(~mask, least)
 
 
 class ByteDropout(torch.autograd.Function):
