@@ -54,6 +54,7 @@ from ftlaunch.strategies.model_config import check_model_folder, family_of
 from ftlaunch.strategies.progress import (
     Alive,
     DataReady,
+    Evaluated,
     Finished,
     Phase,
     PhaseName,
@@ -389,6 +390,9 @@ class _Job:
             (self._folder / "summary.json").unlink(missing_ok=True)
         elif isinstance(message, Proved):
             record.proof = message
+        elif isinstance(message, Evaluated):
+            # What comes next is another step, unless another phase is named.
+            record.phase = "train"
         elif isinstance(message, Saved | Resumed):
             record.last_saved_step = message.step
         elif isinstance(message, Finished):
