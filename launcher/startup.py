@@ -24,18 +24,22 @@ class StartupClock:
 
     opened     the command line is read, the job begins
     asked      the first ranks were asked for; None before
+    asked_last those that did the first step were
     stepped    the first step was heard of; None before
     of_rank    what rank 0 said with it
     """
 
     opened: float
     asked: float | None = None
+    asked_last: float | None = None
     stepped: float | None = None
     of_rank: Startup | None = None
 
     def ask(self) -> None:
-        """Ranks are asked for: of a job that is started anew the first ones count."""
-        self.asked = self.asked or time.monotonic()
+        """Ranks are asked for. Once a step was done, a job that is started anew changes nothing."""
+        if self.stepped is None:
+            self.asked_last = time.monotonic()
+            self.asked = self.asked or self.asked_last
 
     def hear(self, message: Startup) -> None:
         if self.of_rank is None:
@@ -46,15 +50,22 @@ class StartupClock:
 
         {"total_seconds", "preload_seconds", "parts": [{"name", "seconds", "measured_by"}, …]}
         """
-        if self.asked is None or self.stepped is None or self.of_rank is None:
+        if (
+            self.asked is None
+            or self.asked_last is None
+            or self.stepped is None
+            or self.of_rank is None
+        ):
             return None
         since = _process_started(self.opened)
         own = self.of_rank.seconds
         # From being asked for to the rank's first line, and the way of its message back.
-        between = self.stepped - self.asked - sum(own.values())
+        between = self.stepped - self.asked_last - sum(own.values())
+        earlier = self.asked_last - self.asked
         parts = [
             ("command line", self.opened - since, _COORDINATOR),
             ("agents and plan", self.asked - self.opened, _COORDINATOR),
+            *([("earlier attempts", earlier, _COORDINATOR)] if earlier else []),
             ("ranks begin", max(0.0, between), _COORDINATOR),
             *((name, seconds, _RANK) for name, seconds in own.items()),
         ]

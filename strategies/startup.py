@@ -14,6 +14,7 @@ Stage = Literal[
     "process group",
     "strategy",
     "resuming",
+    "proof",
     "first batch",
     "first step",
 ]

@@ -181,6 +181,7 @@ class TrainingRun:
     def _prove(self) -> None:
         """Collective: see whether the largest micro-batch fits, while nothing is lost if it does not."""
         self._emit(Phase(name="prove"))
+        self._stages.begin("proof")
         settings, windows = self._settings, self._windows
         share = math.ceil(windows.order.global_batch_size / windows.world_size)
         proof = prove(

@@ -31,7 +31,7 @@ def test_stages_follow_one_another(monkeypatch):
 def _clock():
     now = time.monotonic()
     clock = StartupClock(opened=now - 5.0)
-    clock.asked = now - 4.0
+    clock.asked = clock.asked_last = now - 4.0
     return clock
 
 
@@ -61,6 +61,19 @@ def test_the_first_start_counts():
     told = clock.to_json()
     assert told is not None and first is not None
     assert told["parts"][1:] == first["parts"][1:]
+
+
+def test_attempts_without_a_step_are_told_apart():
+    """The first ranks 4 s ago, those that did a step now, of which rank 0 knows 0.001 s."""
+    clock = _clock()
+    clock.ask()
+    clock.hear(Startup(seconds={"proof": 0.001}, preload_seconds=0.0))
+    told = clock.to_json()
+    assert told is not None
+    seconds = {part["name"]: part["seconds"] for part in told["parts"]}
+    assert abs(seconds["earlier attempts"] - 4.0) < 0.1
+    assert seconds["ranks begin"] < 0.1
+    assert abs(sum(seconds.values()) - told["total_seconds"]) < 0.01
 
 
 def test_nothing_is_said_without_a_step():
