@@ -47,7 +47,6 @@ class Work:
     threads          per rank; None: the side's own choice (a peer: the cores over the ranks)
     warmup_steps     optimizer steps at the start that are not measured
     padding          of the peer; ours pads each micro-batch to its longest row
-    group_by_length  of the peer hf
     """
 
     model: Path
@@ -65,7 +64,6 @@ class Work:
     max_steps: int | None = None
     warmup_steps: int = 0
     padding: Padding = "dynamic"
-    group_by_length: bool = False
     evaluate: bool = False
     strategy: str = "ddp"
     python: str = sys.executable
@@ -230,7 +228,6 @@ def _peer_work(work: Work) -> dict[str, Any]:
         "precision": work.precision or "fp32",
         "seed": work.seed,
         "threads": _peer_threads(work),
-        "group_by_length": work.group_by_length,
     }
 
 
@@ -286,6 +283,7 @@ def _run(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
+            timeout=_TIMEOUT_SECONDS,
             check=False,
         )
     seconds = time.perf_counter() - started

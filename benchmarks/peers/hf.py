@@ -6,7 +6,7 @@ Defaults of the Trainer (5.23) that count here: fused AdamW, dynamic padding whe
 it, random order, gradients averaged by DDP without `gradient_as_bucket_view`, batches made by the
 rank itself (`dataloader_num_workers=0`), pinned where there is a GPU. Not its default, and in its
 favour: no search for unused parameters, no logging, no checkpoints, tokens made before the clock
-starts; and length grouping, where the work asks for it.
+starts.
 
 One more default is worth knowing when losses are compared: on W ranks transformers 5.23 multiplies
 the loss of models that take loss arguments by W (`average_tokens_across_devices`), which is right
@@ -99,8 +99,6 @@ def training_arguments(work: Work, output_dir: str) -> TrainingArguments:
     # Without torchrun accelerate takes a named backend for a process group that exists.
     if on_cpu and "WORLD_SIZE" in os.environ:
         settings["ddp_backend"] = "gloo"
-    if work.group_by_length:
-        settings["train_sampling_strategy"] = "group_by_length"
     return TrainingArguments(**settings)
 
 
@@ -165,7 +163,6 @@ def _settings(work: Work, trainer: Trainer) -> dict[str, Any]:
         "logging_strategy": "no",
         "save_strategy": "no",
         "order": "given" if work.order is not None else "its own",
-        "group_by_length": work.group_by_length,
         "padding": work.padding,
     }
     return {"defaults": defaults, "chosen": chosen}

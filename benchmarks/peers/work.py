@@ -45,7 +45,6 @@ class Work:
     warmup_steps      steps at the start that are not measured
     threads           of each rank; None leaves the library's choice
     max_grad_norm     0 switches clipping off
-    group_by_length   hf only: its sampler draws samples of about one length together
     zero_stage        deepspeed only
     loader_workers    processes that make the batches of a rank; 0: the rank itself
     started_at        Unix time at which the command was given
@@ -88,7 +87,6 @@ class Work:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
-    group_by_length: bool = False
     zero_stage: int = 0
     loader_workers: int = 0
     started_at: float | None = None
