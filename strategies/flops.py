@@ -13,6 +13,8 @@ _LAYER = re.compile(r"\.(\d+)\.")
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads")
 _WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim")
+# In the name of every weight of experts, as most families have it.
+_EXPERTS = ".experts."
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -38,12 +40,12 @@ class Shape:
 
     num_layers     of attention
     width          heads times the size of a head
-    expert_share   of the experts' weights those that one token uses; 1 without experts
+    expert_share   of the experts' weights those that one token uses; None where nothing is said of it
     """
 
     num_layers: int
     width: int
-    expert_share: float = 1.0
+    expert_share: float | None = None
 
 
 def read_shape(config: Mapping[str, Any]) -> Shape | None:
@@ -57,7 +59,7 @@ def read_shape(config: Mapping[str, Any]) -> Shape | None:
     if heads is not None and head_size is not None:
         width = heads * head_size
     experts, active = _count(config, _EXPERT_KEYS), _count(config, ("num_experts_per_tok",))
-    share = min(1.0, active / experts) if experts and active else 1.0
+    share = min(1.0, active / experts) if experts and active else None
     return Shape(num_layers=layers, width=width, expert_share=share)
 
 
@@ -67,6 +69,12 @@ def _count(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return None
+
+
+def is_countable(weights: Sequence[Weight], shape: Shape) -> bool:
+    """Not so of experts when it is not known which weights are theirs, or how many of them a token uses."""
+    has_experts = any(_EXPERTS in weight.name for weight in weights)
+    return has_experts == (shape.expert_share is not None) or shape.expert_share == 1.0
 
 
 def step_flops(
@@ -107,7 +115,7 @@ def step_flops(
             continue
         passes = 1 + (place > first or weight.trained) + weight.trained
         tokens = num_learned_tokens if weight.kind == "head" else num_tokens
-        share = shape.expert_share if ".experts." in weight.name else 1.0
+        share = (shape.expert_share or 1.0) if _EXPERTS in weight.name else 1.0
         total += passes * _PER_ELEMENT * weight.size * share * tokens
     squares = sum(length * length for length in lengths)
     backward = min(shape.num_layers, len(passed_layers))

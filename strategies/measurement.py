@@ -18,7 +18,7 @@ from ftlaunch.strategies.base import Batch, StepOutcome, Strategy
 from ftlaunch.strategies.data.sample_order import SampleOrder
 from ftlaunch.strategies.data.synthetic import synthetic_tokens
 from ftlaunch.strategies.data.token_cache import Tokens
-from ftlaunch.strategies.flops import read_shape, step_flops
+from ftlaunch.strategies.flops import is_countable, read_shape, step_flops
 from ftlaunch.strategies.instruments import (
     Instruments,
     Shares,
@@ -223,10 +223,11 @@ class _Measurement:
 
     def _flops(self, windows: list[Window]) -> float | None:
         shape = read_shape(self._config)
-        if shape is None:
+        weights = self._instruments.weights(self._strategy)
+        if shape is None or not is_countable(weights, shape):
             return None
         return step_flops(
-            self._instruments.weights(self._strategy),
+            weights,
             shape,
             self._tokens.train.lengths(
                 np.concatenate([window.indices for window in windows])

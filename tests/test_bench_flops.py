@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ftlaunch.strategies.flops import read_shape, step_flops
+from ftlaunch.strategies.flops import is_countable, read_shape, step_flops
 from ftlaunch.strategies.torch.instruments import model_weights
 from tests.tiny import CONFIGS
 
@@ -75,3 +75,33 @@ def test_a_language_model(family):
     positions = 2 * LENGTH * (32 // 2 // 2)
     difference = counted(model) - (found - vectors)
     assert difference in (0, positions, ROWS * positions)
+
+
+def test_experts():
+    """Two of four for each token."""
+    experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    values = {**CONFIGS["llama"], **experts}
+    config = AutoConfig.for_model(**values)
+    config._attn_implementation = config._experts_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config).train()
+    weights, shape = model_weights(model), read_shape(values)
+    assert shape is not None
+    assert is_countable(weights, shape)
+    found = step_flops(weights, shape, [LENGTH] * ROWS, ROWS * LENGTH)
+    difference = counted(model) - (found - 6 * ROWS * LENGTH * size(model, axes=1))
+    positions = 2 * LENGTH * (32 // 2 // 2)
+    assert difference in (0, positions, ROWS * positions)
+
+
+def test_a_head_that_an_adapter_trains_whole_is_counted_once():
+    """peft keeps the original beside the copy that is trained."""
+    peft = pytest.importorskip("peft", reason="an adapter is made by peft, an extra")
+    bare, _ = make(AutoModelForSequenceClassification, "bert")
+    head = sum(p.numel() for p in bare.classifier.parameters())
+    model = peft.get_peft_model(
+        bare,
+        peft.LoraConfig(target_modules=["query"], modules_to_save=["classifier"], r=2),
+    )
+    weights = [weight for weight in model_weights(model) if "classifier" in weight.name]
+    assert sum(weight.size for weight in weights) == head
+    assert all(weight.trained for weight in weights)

@@ -15,7 +15,14 @@ from ftlaunch.launcher.bench_report import (
     spread,
     table_lines,
 )
-from ftlaunch.strategies.flops import Shape, Weight, read_shape, step_flops, utilisation
+from ftlaunch.strategies.flops import (
+    Shape,
+    Weight,
+    is_countable,
+    read_shape,
+    step_flops,
+    utilisation,
+)
 from ftlaunch.strategies.instruments import make_shares, split_waits
 from ftlaunch.strategies.progress import Measured, from_dict, to_dict
 
@@ -77,6 +84,23 @@ def test_experts_count_as_far_as_a_token_uses_them():
 
 
 @pytest.mark.parametrize(
+    ("share", "name", "known"),
+    [
+        (None, "layers.0.mlp.up", True),
+        (0.25, "layers.0.mlp.experts.0.up", True),
+        (1.0, "layers.0.mlp.up", True),
+        # How many a token uses is not known.
+        (None, "layers.0.mlp.experts.0.up", False),
+        # Which weights are the experts' is not known.
+        (0.25, "layers.0.moe.input_linear", False),
+    ],
+)
+def test_what_is_not_known_of_experts_is_not_counted(share, name, known):
+    weight = Weight(name=name, size=40, kind="token", trained=True)
+    assert is_countable([weight], Shape(num_layers=1, width=4, expert_share=share)) is known
+
+
+@pytest.mark.parametrize(
     ("config", "shape"),
     [
         ({"num_hidden_layers": 2, "hidden_size": 8}, Shape(num_layers=2, width=8)),
@@ -93,6 +117,10 @@ def test_experts_count_as_far_as_a_token_uses_them():
                 "num_experts_per_tok": 2,
             },
             Shape(num_layers=1, width=8, expert_share=0.25),
+        ),
+        (
+            {"num_hidden_layers": 1, "hidden_size": 8, "num_experts": 8},
+            Shape(num_layers=1, width=8),
         ),
         ({"num_hidden_layers": -1, "hidden_size": 8}, None),
         ({"num_hidden_layers": "many", "hidden_size": True}, None),

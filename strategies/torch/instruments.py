@@ -200,6 +200,8 @@ def model_weights(model: Any) -> list[Weight]:
             trained=parameter.requires_grad,
         )
         for name, parameter in model.named_parameters()
+        # Of a module that an adapter trains whole the original is kept, and not used.
+        if ".original_module." not in name
     ]
 
 
