@@ -109,6 +109,14 @@ def test_a_bound_is_marked() -> None:
     assert not estimate(_request(_bert())).is_bound
 
 
+def test_a_bound_has_logits_as_a_whole() -> None:
+    """A family that scales or caps its logits is asked for all of them, in fp32 with their gradients."""
+    config = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 200_000}
+    unknown = read_architecture({"model_type": "new", **config}, head="causal-lm")
+    request = _request(unknown, micro_batch=16, length=512)
+    assert estimate(request).activations > 3 * 4 * 16 * 512 * 200_000
+
+
 @pytest.mark.parametrize("capacity", [3 * _GIB, 8 * _GIB, 80 * _GIB])
 def test_the_largest_micro_batch_is_the_last_that_fits(capacity: int) -> None:
     request = _request(_bert(), length=512)

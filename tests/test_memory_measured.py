@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 
 from benchmarks.memory import Cell, measure_rank, predict
 from ftlaunch.strategies.memory.output import CHUNK_ELEMENTS
-from ftlaunch.strategies.torch import chunked_loss
+from ftlaunch.strategies.torch import chunked_loss, model
 from tests.ranks import run_ranks
 
 _SIZES = {"vocab_size": 2000, "hidden_size": 128, "num_hidden_layers": 4, "pad_token_id": 0}
@@ -50,6 +50,50 @@ def _measure(world: Any, listen_fd: int | None, cell: Cell, folder: Path) -> dic
     place = folder / str(world.rank)
     place.mkdir()
     return measure_rank(world, listen_fd, cell, place)
+
+
+_WITHOUT_FUSED_KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2": (
+        "causal-lm",
+        {
+            "model_type": "gemma2",
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "intermediate_size": 384,
+            **_SIZES,
+        },
+    ),
+    "deberta-v2": (
+        "sequence-classification",
+        {
+            "model_type": "deberta-v2",
+            "num_attention_heads": 4,
+            "intermediate_size": 384,
+            "relative_attention": True,
+            "position_buckets": 256,
+            "pos_att_type": ["p2c", "c2p"],
+            "share_att_key": True,
+            "norm_rel_ebd": "layer_norm",
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+            **_SIZES,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _WITHOUT_FUSED_KERNELS)
+def test_what_has_no_fused_attention_takes_what_was_predicted(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Which weights they are is no matter here.
+    monkeypatch.setattr(model, "check_random_weights", lambda config: None)
+    head, config = _WITHOUT_FUSED_KERNELS[name]
+    cell = Cell(
+        name=name, head=head, config=config, strategy="ddp", length=128, rows=8, checkpointing=False
+    )
+    assert predict(cell).tensors == pytest.approx(_measured(cell, tmp_path), rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,8 @@ def _attention(a: Architecture, s: Setting, *, expanded: bool = False) -> tuple[
         kept = 3 * exact + heads + s.matrix * matrix
         if a.attention_dropout:
             kept += matrix * (s.matrix_noise + s.matrix)
-        if a.family == "deberta-v2" and s.width == 4:
-            kept += 8 * matrix  # scores of positions, gathered for keys and for queries
+        if a.family == "gemma2":
+            kept += s.width * matrix  # the tangent that caps its scores
         return kept, s.matrix * matrix
     kept = heads + 2 * (heads if expanded else shared) + heads
     kept += 4 * s.rows * a.num_heads * s.length
@@ -129,6 +129,11 @@ def _bert(a: Architecture, s: Setting) -> Activations:
     noise = hidden * s.noise if a.hidden_dropout else 0
     norm = hidden * (s.residual + s.width)
     core, work = _attention(a, s)
+    if a.position_products:
+        # Of DeBERTa: those of content with positions, all of them before the right ones are gathered.
+        positions = s.rows * a.num_heads * a.position_products * s.width
+        core += positions * (s.length + a.head_size) + hidden * s.width
+        work += positions * s.length + 2 * s.tokens * a.num_heads * s.length * s.width
     inner, mlp_work = _mlp(a, s)
     return Activations(
         attention=core + noise + norm,

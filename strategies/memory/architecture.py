@@ -38,6 +38,8 @@ class Architecture:
     block          order of norms and residuals, which decides what is kept for the backward pass
     attention_dropout, hidden_dropout   whether their probability is above 0
     num_experts    of a layer's MLP; 0 where it is one
+    position_products   embeddings of relative positions that each token of each head is multiplied with
+    caps_logits    logits are more than what a linear layer gives, so that they exist as a whole
     """
 
     family: str
@@ -65,6 +67,8 @@ class Architecture:
     head_norms: bool = False
     num_experts: int = 0
     experts_per_token: int = 0
+    position_products: int = 0
+    caps_logits: bool = False
 
     @property
     def num_parameters(self) -> int:

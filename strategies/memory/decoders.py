@@ -201,6 +201,7 @@ def _llama(settings: Settings, family: str, head: str, num_outputs: int) -> Arch
             yield from norm(f"{prefix}post_feedforward_layernorm", hidden, bias=False)
 
     tied = settings.flag("tie_word_embeddings", kind.tied)
+    caps = settings.values.get("final_logit_softcapping", 30.0 if family == "gemma2" else None)
 
     def tensors() -> Iterator[TensorSpec]:
         yield from tensor("model.embed_tokens.weight", vocabulary, hidden)
@@ -237,6 +238,7 @@ def _llama(settings: Settings, family: str, head: str, num_outputs: int) -> Arch
         head_norms=kind.head_norms,
         num_experts=experts,
         experts_per_token=active,
+        caps_logits=head == "causal-lm" and caps is not None,
     )
 
 

@@ -80,6 +80,10 @@ def _bert(settings: Settings, family: str, head: str, num_outputs: int) -> Archi
             settings, family, base, head, hidden, embedding, vocabulary, num_outputs
         )
 
+    products = 0
+    if is_deberta:
+        kinds = sum(kind in settings.texts("pos_att_type") for kind in ("c2p", "p2c"))
+        products = kinds * 2 * _relative_positions(settings)
     limit = positions
     if family in POSITIONS_AFTER_PADDING:
         limit = max(1, positions - settings.count("pad_token_id", default=1) - 1)
@@ -106,6 +110,7 @@ def _bert(settings: Settings, family: str, head: str, num_outputs: int) -> Archi
         activation=settings.text("hidden_act", "gelu"),
         attention_dropout=settings.is_above_zero("attention_probs_dropout_prob", default=0.1),
         hidden_dropout=settings.is_above_zero("hidden_dropout_prob", default=0.1),
+        position_products=products,
     )
 
 
@@ -123,16 +128,23 @@ def _deberta_positions(settings: Settings, prefix: str, hidden: int) -> Iterator
         yield from linear(f"{prefix}pos_query_proj", hidden, hidden)
 
 
+def _relative_positions(settings: Settings) -> int:
+    """Distances to one side that have an embedding of their own; 0 without them."""
+    if not settings.flag("relative_attention", False):
+        return 0
+    given = settings.values.get("max_relative_positions")
+    positions = 0
+    if given is not None and given != -1:
+        positions = settings.count("max_relative_positions")
+    positions = positions or settings.size("max_position_embeddings", default=512)
+    buckets = settings.values.get("position_buckets")
+    if buckets is not None and buckets != -1:
+        positions = settings.count("position_buckets") or positions
+    return positions
+
+
 def _deberta_encoder(settings: Settings, prefix: str, hidden: int) -> Iterator[TensorSpec]:
-    if settings.flag("relative_attention", False):
-        given = settings.values.get("max_relative_positions")
-        positions = 0
-        if given is not None and given != -1:
-            positions = settings.count("max_relative_positions")
-        positions = positions or settings.size("max_position_embeddings", default=512)
-        buckets = settings.values.get("position_buckets")
-        if buckets is not None and buckets != -1:
-            positions = settings.count("position_buckets") or positions
+    if positions := _relative_positions(settings):
         yield from tensor(f"{prefix}rel_embeddings.weight", 2 * positions, hidden)
     if "layer_norm" in settings.text("norm_rel_ebd", "none").lower():
         yield from norm(f"{prefix}LayerNorm", hidden)

@@ -19,6 +19,8 @@ from ftlaunch.strategies.memory.states import STRATEGIES, States, count_trainabl
 # tensor. Assumptions from documentation for accelerators, not tested on the hardware.
 FRAMEWORK_BYTES: Mapping[str, int] = {"cuda": 1 << 30, "ascend": 2 << 30, "cpu": 400 << 20}
 _FP32 = 4
+# transformers has no fused attention for them: the one bends its scores, the other adds positions to them.
+_WRITTEN_OUT = ("gemma2", "deberta-v2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +122,9 @@ def estimate(request: MemoryRequest) -> MemoryEstimate:
         width=setting.width,
         residual=setting.residual,
         is_trained=trained == total or _is_trained(request, architecture),
-        in_pieces=request.strategy != "mindspore",
+        in_pieces=request.strategy != "mindspore"
+        and architecture.known
+        and not architecture.caps_logits,
     )
     is_autocast = request.strategy == "ddp" and request.precision != "fp32"
     parts = _Parts(
@@ -179,8 +183,9 @@ def _setting(request: MemoryRequest) -> Setting:
     # Eager attention and math paths are fp32, but for what `strategies/torch/attention.py` and
     # `group.use_device` do on CPUs.
     on_cpu = request.accelerator == "cpu" and request.strategy != "mindspore"
-    matrix = width if on_cpu and request.attention != "eager" else _FP32
-    by_bytes = on_cpu and request.attention != "eager" and not request.architecture.is_causal
+    is_eager = request.attention == "eager" or request.architecture.family in _WRITTEN_OUT
+    matrix = width if on_cpu and not is_eager else _FP32
+    by_bytes = on_cpu and not is_eager and not request.architecture.is_causal
     return Setting(
         rows=request.micro_batch,
         length=request.length,
@@ -199,10 +204,13 @@ def _kernel(request: MemoryRequest) -> str:
     """Which of `Setting.kernel` the attention has."""
     if request.attention == "eager" or not request.architecture.known:
         return "matrices"
-    if request.strategy == "mindspore":
+    family = request.architecture.family
+    if request.strategy == "mindspore" or family == "deberta-v2":
         return "matrices"
     if request.attention is not None and request.attention.startswith("flash_attention"):
         return "varlen"
+    if family in _WRITTEN_OUT:
+        return "matrices"
     # torch's fused kernel for CPUs has no dropout.
     if request.accelerator == "cpu" and request.architecture.attention_dropout:
         return "matrices"

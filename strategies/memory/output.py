@@ -60,7 +60,8 @@ def output(
         chosen = max(1, round(_MASKED_SHARE * tokens))
         kept = 4 * tokens * a.embedding_size * residual  # the transform before the vocabulary
     if not in_pieces:
-        return Output(kept=kept + 3 * _FP32 * chosen * a.vocab_size, weight=0, work=0)
+        copies = 4 if a.caps_logits else 3
+        return Output(kept=kept + copies * _FP32 * chosen * a.vocab_size, weight=0, work=0)
     kept += chosen * a.embedding_size * (residual + width)
     weight = _FP32 * a.vocab_size * a.embedding_size if is_trained else 0
     return Output(kept=kept, weight=weight, work=_pieces(a, chosen, width))
