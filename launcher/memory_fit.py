@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from ftlaunch.cluster.machine import Machine
 from ftlaunch.launcher.job_memory import JobMemory
 from ftlaunch.launcher.memory_table import MemoryRow
+from ftlaunch.strategies.memory.buckets import ZeroBuffers
 from ftlaunch.strategies.memory.estimate import (
     MemoryEstimate,
     MemoryRequest,
@@ -71,6 +72,7 @@ class Work:
     share   samples of a rank in an optimizer step
     rows    of the longest length that are wanted at once
     fixed   the user said how many
+    zero    the sizes of DeepSpeed's buffers
     """
 
     memory: JobMemory
@@ -80,27 +82,24 @@ class Work:
     rows: int
     fixed: bool
     attention: str | None
+    zero: ZeroBuffers
 
 
 def measure(way: Way, work: Work, room: Room, remark: str = "") -> MemoryRow:
     """The row of the table, with the most rows that fit, of those that are wanted."""
     request = _request(way, work)
     # Ranks on a CPU are forked from one process: what it has loaded is there once.
-    shared = _shared(estimate(request), room)
-    rows = request.micro_batch
-    if (
-        room.usable
-        and not work.fixed
-        and estimate(request).peak - shared > room.usable
-        and rows > 1
-    ):
-        fewer = replace(request, accumulates=True)
-        rows = max(1, largest_micro_batch(fewer, room.usable + shared, rows - 1))
-        request = replace(fewer, micro_batch=rows)
     found = estimate(request)
-    peak = found.peak - shared
-    on_cpu = work.accelerator == "cpu"
-    needed = peak + (found.host if on_cpu else 0)
+    shared = _shared(found, room)
+    # What is offloaded there stays in the same memory.
+    host = found.host if work.accelerator == "cpu" else 0
+    usable = room.usable - host
+    rows = request.micro_batch
+    if room.usable and not work.fixed and found.peak - shared > usable and rows > 1:
+        fewer = replace(request, accumulates=True)
+        rows = max(1, largest_micro_batch(fewer, usable + shared, rows - 1))
+        found = estimate(replace(fewer, micro_batch=rows))
+    needed = found.peak - shared + host
     return MemoryRow(
         strategy=way.strategy,
         precision=way.precision,
@@ -139,6 +138,7 @@ def _request(way: Way, work: Work) -> MemoryRequest:
         gradient_checkpointing=way.checkpointing,
         attention=work.attention,
         trainable=work.memory.is_trained,
+        zero=work.zero,
     )
 
 

@@ -247,7 +247,8 @@ def without_memory(plan: LaunchPlan, phase: PhaseName) -> str:
             ways.append("set model.gradient_checkpointing=true")
         if plan.strategy != "zero3":
             ways.append("use --strategy zero3, which divides the model among the ranks")
-        if options.deepspeed.offload != "cpu":
+        # On a CPU it is the same memory.
+        if options.deepspeed.offload != "cpu" and plan.accelerator != "cpu":
             ways.append("set deepspeed.offload=cpu with zero1, zero2 or zero3")
         if options.lora.r is None:
             ways.append("train an adapter (lora.r=16)")

@@ -15,7 +15,7 @@ from ftlaunch.launcher.memory_fit import Room, Way, Work, find_room, measure
 from ftlaunch.launcher.memory_table import MemoryRow, MemoryTable, gib
 from ftlaunch.launcher.micro_batch import Fits, choose_micro_batch
 from ftlaunch.launcher.precision import choose_precision
-from ftlaunch.strategies.deepspeed_config import offload_devices, stage_of
+from ftlaunch.strategies.deepspeed_config import buffers_of, offload_devices, stage_of
 from ftlaunch.strategies.memory.settings import MAX_SIZE
 from ftlaunch.strategies.registry import STRATEGIES, entry
 
@@ -373,6 +373,7 @@ def _work(config: RunConfig, layout: Layout, memory: JobMemory) -> Work:
         fixed=train.per_device_train_batch_size is not None
         or train.max_tokens_per_micro_batch is not None,
         attention=config.model.attn_implementation,
+        zero=buffers_of(config.deepspeed),
     )
 
 

@@ -13,8 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.strategies.memory.buckets import (
+    MAX_LIVE,
+    PREFETCH_BUCKET,
+    REDUCE_BUCKET,
+    ZeroBuffers,
+)
 from ftlaunch.strategies.options import DeepSpeedOptions, TrainOptions
 
+# Of a buffer: no memory has more.
+_MOST_ELEMENTS = 1 << 62
 _MAX_BYTES = 1 << 20
 _DEVICES = ("none", "cpu")
 # Each of them trains something else than the loop does, or takes its place.
@@ -102,6 +110,26 @@ def offload_devices(options: DeepSpeedOptions, stage: int) -> tuple[str, str]:
     return (
         "none" if optimizer == "auto" else optimizer,
         "none" if parameters == "auto" else parameters,
+    )
+
+
+def buffers_of(options: DeepSpeedOptions) -> ZeroBuffers:
+    """The sizes that the user's configuration names; to refuse what is no size is DeepSpeed's."""
+
+    def size(default: int, *names: str) -> int:
+        for name in names:
+            value = _get(_user(options), f"zero_optimization.{name}")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if is_number and 0 <= value <= _MOST_ELEMENTS:
+                return int(value)
+        return default
+
+    return ZeroBuffers(
+        reduce_bucket=size(REDUCE_BUCKET, "reduce_bucket_size"),
+        prefetch_bucket=size(
+            PREFETCH_BUCKET, "stage3_prefetch_bucket_size", "prefetch_bucket_size"
+        ),
+        max_live=size(MAX_LIVE, "stage3_max_live_parameters", "max_live_parameters"),
     )
 
 

@@ -124,8 +124,11 @@ def test_what_did_not_fit_is_told_from_what_did():
 
 def test_what_to_do_without_memory():
     text = without_memory(_plan(nodes=2), "train")
-    for way in ("data.max_length", "gradient_checkpointing", "zero3", "offload", "lora.r"):
+    for way in ("data.max_length", "gradient_checkpointing", "zero3", "lora.r"):
         assert way in text
+    # From a CPU there is nowhere to offload to.
+    assert "offload" not in text
+    assert "deepspeed.offload=cpu" in without_memory(_plan(GPU), "train")
     overrides = ["model.gradient_checkpointing=true", "deepspeed.offload=cpu", "lora.r=8"]
     options = load_config(file=None, flags={}, overrides=overrides).job_options()
     plan = replace(_plan(nodes=2), strategy="zero3", options=options)

@@ -398,37 +398,74 @@ def test_the_users_own_micro_batch_is_not_lowered(plan):
     assert any(line.startswith("warning: ddp does not fit") for line in made.describe())
 
 
+def test_buckets_are_as_large_as_deepspeeds_configuration_says(plan):
+    """Two that take turns and one on its way, of a million gradients in bf16: 6 MB."""
+
+    def buckets(**settings):
+        text = json.dumps({"zero_optimization": {"stage": 2, **settings}})
+        return plan(LLAMA_1B, A_LOT, f"deepspeed.config={text}").memory.chosen.buckets
+
+    assert buckets(reduce_bucket_size=1e6) == 6_000_000
+    usual = buckets()
+    assert usual > 100 * 6_000_000
+    for no_size in ("auto", -1, True, "many", [1], 1e300):
+        assert buckets(reduce_bucket_size=no_size) == usual
+
+
 # -- on a CPU -----------------------------------------------------------------------------------
 
 
-def test_ranks_on_a_cpu_divide_the_machines_memory(tmp_path):
-    machine = Machine(
-        hostname="here",
-        accelerator="cpu",
-        device_name="Some CPU",
-        num_devices=1,
-        device_memory_bytes=160 * GIB,
-        fast_bf16=False,
-        cpu_cores=8,
-        memory_bytes=160 * GIB,
-        versions={"torch": "2.13.0", "deepspeed": "0.19.2"},
-        code_fingerprint="abc",
-        notes=(),
-    )
+CPU = Machine(
+    hostname="here",
+    accelerator="cpu",
+    device_name="Some CPU",
+    num_devices=1,
+    device_memory_bytes=160 * GIB,
+    fast_bf16=False,
+    cpu_cores=8,
+    memory_bytes=160 * GIB,
+    versions={"torch": "2.13.0", "deepspeed": "0.19.2"},
+    code_fingerprint="abc",
+    notes=(),
+)
+
+
+@pytest.fixture
+def on(tmp_path):
+    """on(nodes of one machine, its memory, overrides…, flags…)"""
     write_json(tmp_path, LLAMA_1B)
 
-    def on(nodes, memory_bytes=160 * GIB, **flags):
+    def make(nodes, memory_bytes=160 * GIB, *overrides, **flags):
         config = load_config(
             file=None,
             flags={"model": str(tmp_path), "task": "causal-lm", "nodes": nodes, **flags},
-            overrides=[],
+            overrides=list(overrides),
             data_optional=True,
         )
         site = find_site(config.cluster, {})
-        mine = replace(machine, memory_bytes=memory_bytes)
+        mine = replace(CPU, memory_bytes=memory_bytes)
         known = read_job_memory(config)
         return make_plan(config, [mine] * nodes, site, output_dir="", memory=known)
 
+    return make
+
+
+def test_what_a_cpu_offloads_takes_the_same_memory(on):
+    """So fewer rows fit beside it."""
+
+    def offloaded(memory_bytes, *overrides):
+        overrides = ("deepspeed.offload=cpu", "model.gradient_checkpointing=false", *overrides)
+        return on(1, memory_bytes, *overrides, strategy="zero2").memory.chosen
+
+    two = offloaded(A_LOT)
+    one = offloaded(A_LOT, "train.per_device_train_batch_size=1")
+    assert (two.micro_batch, one.micro_batch) == (2, 1)
+    assert one.peak < two.peak
+    between = offloaded((one.peak + two.peak) // 2)
+    assert (between.micro_batch, between.fits) == (1, True)
+
+
+def test_ranks_on_a_cpu_divide_the_machines_memory(on):
     assert (on(1).memory.capacity, on(4).memory.capacity) == (160 * GIB, 40 * GIB)
     assert on(4).strategy == "ddp"
     # What the framework has loaded is there once for all ranks, which are forked.
