@@ -14,17 +14,15 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 
 from benchmarks.report import machine_line, markdown_table
+from ftlaunch.strategies.torch.attention import ByteDropout
 
 _DROPOUT = 0.1
 _THRESHOLD = round(_DROPOUT * 65536)
-_BYTES = np.random.Generator(np.random.SFC64(1))
 
 
 def milliseconds(run: Callable[[], object], *, rounds: int = 7, times: int = 2) -> float:
@@ -36,25 +34,6 @@ def milliseconds(run: Callable[[], object], *, rounds: int = 7, times: int = 2) 
             run()
         taken.append((time.process_time() - started) / times)
     return 1e3 * median(taken)
-
-
-class _ByteDropout(torch.autograd.Function):
-    """Dropout of 6,554 / 65,536, from two bytes an element."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
-        numbers = _BYTES.integers(0, 2**64, size=-(-values.numel() // 4), dtype=np.uint64)
-        drawn = torch.from_numpy(numbers.view(np.int16)[: values.numel()]).view(values.shape)
-        kept = drawn >= _THRESHOLD - 32768
-        ctx.save_for_backward(kept)
-        found: torch.Tensor = (values * kept).mul_(65536 / (65536 - _THRESHOLD))
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        (kept,) = ctx.saved_tensors
-        found: torch.Tensor = (gradients[0] * kept).mul_(65536 / (65536 - _THRESHOLD))
-        return found
 
 
 def attention_rows() -> list[list[str]]:
@@ -99,7 +78,7 @@ def _attention(dtype: torch.dtype, length: int) -> list[str]:
         both(lambda: whole(_DROPOUT)),
         without_widening(),
         both(lambda: written_out(lambda each: functional.dropout(each, _DROPOUT))),
-        both(lambda: written_out(lambda each: _ByteDropout.apply(each))),  # type: ignore[no-untyped-call]
+        both(lambda: written_out(lambda each: ByteDropout.apply(each, _THRESHOLD))),  # type: ignore[no-untyped-call]
     ]
 
 
