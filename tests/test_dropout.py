@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from ftlaunch.cluster.world import World
 from ftlaunch.strategies import registry
+from ftlaunch.strategies.torch import attention
 from ftlaunch.strategies.torch.group import use_device
 from tests import tiny
 from tests.ranks import run_ranks
@@ -91,6 +93,46 @@ def test_dropout_is_drawn_as_the_seeds_say(pretrained, plain, undisturbed, name)
     losses = run_ranks(2, _losses, pretrained, name)[0]
     assert losses[:1] == pytest.approx(plain, rel=1e-5)
     assert losses == pytest.approx(undisturbed, rel=1e-5)
+
+
+def _long_rows(world, listen_fd, folder, name, precision, checkpointing):
+    """Losses of a decoder whose rows are long enough for `attention.ByteDropout`, and how often it came."""
+    calls = 0
+    plain = attention.ByteDropout.apply
+
+    def counted(*given):
+        nonlocal calls
+        calls += 1
+        return plain(*given)
+
+    attention.ByteDropout.apply = counted  # type: ignore[method-assign]
+    model = {"dropout": 0.1, "gradient_checkpointing": checkpointing}
+    strategy = registry.load(name)(
+        tiny.request(world, listen_fd, folder, precision=precision, model=model)
+    )
+    draw = np.random.default_rng(0)
+    rows = [draw.integers(3, tiny.VOCABULARY, n).astype(np.int32) for n in range(49, 61)]
+    table = tiny.Table(rows, draw.integers(0, 3, len(rows)))
+    view = tiny.windows(world, table, global_batch=6, micro_batch=3)
+    losses = []
+    for step in range(STEPS):
+        window = view.window(step)
+        for batch, last in view.batches(window):
+            strategy.accumulate(batch, window.total_items, last=last)
+        losses.append(strategy.apply(1e-3, stop=False, saving=0.0).loss)
+    return losses, calls
+
+
+@pytest.mark.parametrize(("name", "precision"), [("ddp", "bf16"), ("zero3", "fp32")])
+def test_long_rows_drop_the_same_when_they_are_computed_again(tmp_path, name, precision):
+    """Where rotated queries and keys are wider than values, which is so under autocast."""
+    config = {**tiny.CONFIGS["llama"], "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    losses, calls = run_ranks(1, _long_rows, tmp_path, name, precision, False)[0]
+    again, more_calls = run_ranks(1, _long_rows, tmp_path, name, precision, True)[0]
+    assert calls >= 2 * 2 * STEPS
+    assert more_calls >= calls + 2 * 2 * STEPS
+    assert again == losses
 
 
 def test_attention_in_bf16_is_not_widened_and_drops_as_it_should(tmp_path):
