@@ -96,7 +96,9 @@ def _plan(
     mode: Literal["train", "eval"] = "train",
     assumed: bool = False,
 ) -> LaunchPlan:
-    table = with_rank_table(config.cluster, machines[0], os.environ)
+    # What the environment says of ranks is said of this machine's.
+    environ = {} if site.kind == "assumed" else os.environ
+    table = with_rank_table(config.cluster, machines[0], environ)
     return make_plan(
         replace(config, cluster=table),
         machines,

@@ -129,6 +129,14 @@ def test_npus_have_one_strategy(tmp_path):
     assert_mistake(result, "model.gradient_checkpointing", "mindspore")
 
 
+def test_a_rank_table_of_this_machine_is_not_that_of_others(tmp_path):
+    model = write_json(tmp_path / "bert", BERT_BASE)
+    flags = ("plan", "--hardware", "Ascend-910B-64GB", "--task", "masked-lm", "--model", model)
+    env = {"RANK_TABLE_FILE": str(tmp_path / "nothing.json")}
+    result = ftlaunch(*flags, env=env, timeout=60)
+    assert result.returncode == 0, said(result)
+
+
 def test_a_plan_of_the_demo():
     memory = memory_of("plan", "--hardware", "T4-16GB")
     assert memory["length"] == 64  # the demo's own data.max_length

@@ -265,6 +265,14 @@ def test_a_bound_refuses_nothing(plan):
     assert any(line.startswith("warning: ddp does not fit") for line in made.describe())
 
 
+def test_a_bound_chooses_but_does_not_switch_checkpointing_on(plan):
+    unknown = {**LLAMA_1B, "model_type": "zebra"}
+    room = enough_for(rows_of(plan(unknown))["zero3"])
+    assert plan(unknown, room).strategy == "zero3"
+    for size in (room // 2, room // 4, GIB):
+        assert plan(unknown, size).options.model.gradient_checkpointing is None
+
+
 @pytest.mark.parametrize(
     "content",
     [
