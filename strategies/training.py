@@ -144,9 +144,14 @@ class TrainingRun:
         """Collective: train to the end or to a stop; the job's last message."""
         self._stages.begin("resuming")
         self._resume()
-        if self._settings.prove_micro_batch and not self._is_over:
+        proves = self._settings.prove_micro_batch and not self._is_over
+        self._emit(Phase(name="prove" if proves else "train"))
+        # Rank 0 may have had more to do until here. Should another rank run out of memory now, it has
+        # to be known that it was no longer the model by itself.
+        any_rank(self._strategy, False)
+        if proves:
             self._prove()
-        self._emit(Phase(name="train"))
+            self._emit(Phase(name="train"))
         self._stages.begin("first batch")
         started = time.perf_counter()
         if not self._best.exhausted:
@@ -180,7 +185,6 @@ class TrainingRun:
 
     def _prove(self) -> None:
         """Collective: see whether the largest micro-batch fits, while nothing is lost if it does not."""
-        self._emit(Phase(name="prove"))
         self._stages.begin("proof")
         settings, windows = self._settings, self._windows
         share = math.ceil(windows.order.global_batch_size / windows.world_size)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +15,8 @@ from ftlaunch.strategies.data.dealing import rows_at_once
 from ftlaunch.strategies.loop import Cursor, train
 from ftlaunch.strategies.options import DeepSpeedOptions
 from ftlaunch.strategies.proof import largest_runs, longest_sample, prove
+from ftlaunch.strategies.startup import Stages
+from ftlaunch.strategies.training import TrainingRun
 from tests import tiny
 from tests.ranks import run_ranks
 from tests.test_parity import _schedule
@@ -61,6 +67,42 @@ def test_no_micro_batch_is_larger(seed):
     runs = largest_runs(_table(lengths), micro_batch, max_tokens)
     assert max(len(run) * int(lengths[run].max()) for run in runs) == largest
     assert int(lengths[runs[0]].max()) == ordered[0]
+
+
+# -- when it is computed ------------------------------------------------------------------------
+
+
+class _AfterRankZero(TrainingRun):
+    """Comes to the proof, with a rank 0 that takes its time before, and notes whether it was told of."""
+
+    def __init__(self, strategy, marker):
+        self._strategy, self._stages, self._marker = strategy, Stages(), marker
+        self._settings: Any = SimpleNamespace(prove_micro_batch=True)
+        self._emit = self._say if strategy.world.is_main else lambda message: None
+
+    _is_over = False
+
+    def _say(self, message):
+        self._marker.write_text(message.name)
+
+    def _resume(self):
+        if self._strategy.world.is_main:
+            time.sleep(1.0)
+
+    def _prove(self):
+        raise LookupError(self._marker.read_text() if self._marker.exists() else "nothing said")
+
+
+def _come_to_the_proof(world, listen_fd, folder, marker):
+    strategy = registry.load("ddp")(tiny.request(world, listen_fd, folder))
+    with pytest.raises(LookupError) as told:
+        _AfterRankZero(strategy, marker).run()
+    return str(told.value)
+
+
+def test_no_rank_computes_before_it_is_known_what_is_being_done(bert, tmp_path):
+    """Want of memory while the model is loaded ends a job; there is no micro-batch to halve yet."""
+    assert run_ranks(2, _come_to_the_proof, bert, tmp_path / "told") == ["prove", "prove"]
 
 
 # -- what is left of it -------------------------------------------------------------------------
