@@ -19,6 +19,7 @@ from mindspore import ops
 from ftlaunch.strategies.base import Strategy, StrategyRequest
 from ftlaunch.strategies.flops import Weight
 from ftlaunch.strategies.mindspore import data_parallel
+from ftlaunch.strategies.mindspore.model import NamedModel
 
 _DTYPES = {"fp32": ms.float32, "bf16": ms.bfloat16, "fp16": ms.float16}
 _MATRIX = {"cpu": 1536, "ascend": 8192}
@@ -46,17 +47,7 @@ class MindSporeInstruments:
             ms.runtime.synchronize()
 
     def weights(self, strategy: Strategy) -> list[Weight]:
-        """Embeddings are told by the name of their module, as all families of `mindspore_models` have it."""
-        named = strategy._named  # type: ignore[attr-defined]
-        return [
-            Weight(
-                name=name,
-                size=int(parameter.size),
-                kind="embedding" if "embed" in name and parameter.ndim == 2 else "token",
-                trained=bool(parameter.requires_grad),
-            )
-            for name, parameter in named.parameters.items()
-        ]
+        return model_weights(strategy._named)  # type: ignore[attr-defined]
 
     def peak_flops(self) -> float:
         size = _MATRIX[self._accelerator]
@@ -102,3 +93,24 @@ class MindSporeInstruments:
             return result
 
         return call
+
+
+def model_weights(named: NamedModel) -> list[Weight]:
+    """Embeddings are told by the name of their module, as all families of `mindspore_models` have it; one
+    that is the output layer as well is multiplied with.
+    """
+    head = named.model.get_output_embeddings()
+    of_head = {id(each) for each in head._params.values()} if head is not None else set()
+    return [
+        Weight(
+            name=name,
+            size=int(parameter.size),
+            kind="head"
+            if id(parameter) in of_head
+            else "embedding"
+            if "embed" in name and parameter.ndim == 2
+            else "token",
+            trained=bool(parameter.requires_grad),
+        )
+        for name, parameter in named.parameters.items()
+    ]

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from transformers import AutoConfig
 
+from ftlaunch.strategies.options import ModelOptions
+from tests import tiny
 from tests.jobs import assert_no_process_left, ftlaunch, said, write_model
+from tests.mindspore.ranks import run_ranks
 
 
 @pytest.mark.long
@@ -31,3 +35,26 @@ def test_two_nodes(tmp_path):
             assert rank["peak_flops_per_second"] > 1e8
     assert any(rank["communication"] > 0 for rank in strong["repeats"][0]["ranks"])
     assert_no_process_left(out)
+
+
+def _kinds(world, tied):
+    from ftlaunch.strategies.mindspore.cpu_kernels import replace_missing_kernels
+    from ftlaunch.strategies.mindspore.instruments import model_weights
+    from ftlaunch.strategies.mindspore.model import NamedModel, _build
+
+    replace_missing_kernels()
+    config = AutoConfig.for_model(**tiny.CONFIGS["qwen2"], tie_word_embeddings=tied)
+    named = NamedModel(_build("causal-lm", config, ModelOptions(name_or_path="qwen2")))
+    return {weight.name: weight.kind for weight in model_weights(named)}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_an_output_layer_costs(tied):
+    """Where it is the embeddings' own matrix, too: that is looked up, and multiplied with."""
+    [kinds] = run_ranks(1, _kinds, tied)
+    heads = [name for name, kind in kinds.items() if kind == "head"]
+    looked_up = [name for name, kind in kinds.items() if kind == "embedding"]
+    embeddings = "model.embed_tokens.weight"
+    assert (heads, looked_up) == (
+        ([embeddings], []) if tied else (["lm_head.weight"], [embeddings])
+    )
