@@ -100,6 +100,13 @@ def test_samples_longer_than_the_model_takes():
     assert tokens_of("causal-lm", "5-64", max_length=8).train.lengths(EVERYTHING).max() == 8
 
 
+def test_what_random_lengths_are_cut_to():
+    long = {**CONFIG, "max_position_embeddings": 2048}
+    for lengths, longest in (("lognormal:300:2", 512), ("lognormal:700:2", 700), ("600-610", 610)):
+        tokens = tokens_of("causal-lm", lengths, config=long)
+        assert tokens.train.lengths(EVERYTHING).max() == longest
+
+
 @pytest.mark.parametrize("vocabulary", [None, 3, -1, 10**12, "many", True, 1.5])
 def test_a_model_without_a_vocabulary(vocabulary):
     with pytest.raises(UserError, match="vocab_size"):
