@@ -85,7 +85,7 @@ def read_architecture(
 
     A family that is not known, or not with that head, gives an upper bound (`known` is False).
     """
-    from ftlaunch.strategies.memory import decoders, encoders, unknown
+    from ftlaunch.strategies.memory import decoders, encoders, llama, unknown
     from ftlaunch.strategies.memory.settings import Settings
 
     if head not in HEADS:
@@ -100,6 +100,7 @@ def read_architecture(
     makers: dict[str, Callable[[Settings, str, str, int], Architecture | None]] = {
         **dict.fromkeys(encoders.FAMILIES, encoders.make),
         **dict.fromkeys(decoders.FAMILIES, decoders.make),
+        **dict.fromkeys(llama.FAMILIES, llama.make),
     }
     maker = makers.get(family or "")
     made = maker(settings, family or "", head, num_outputs) if maker else None

@@ -36,3 +36,29 @@ def layers(prefix: str, number: int, make: Callable[[str, int], Tensors]) -> Ite
     """make(prefix of the names with the number and a dot, number) for each layer."""
     for index in range(number):
         yield from make(f"{prefix}{index}.", index)
+
+
+def decoder_head(
+    head: str,
+    classifier: str,
+    hidden: int,
+    vocabulary: int,
+    num_outputs: int,
+    tied: bool,
+    *,
+    name: str = "lm_head",
+    bias: bool = False,
+) -> Tensors:
+    """classifier   the name of the layer that classifies tokens; `name` of the one that gives logits"""
+    if head == "sequence-classification":
+        return linear("score", hidden, num_outputs, bias=False)
+    if head == "token-classification":
+        return linear(classifier, hidden, num_outputs)
+    if not tied:
+        return linear(name, hidden, vocabulary, bias=bias)
+    return tensor(f"{name}.bias", vocabulary) if bias else ()
+
+
+def tied_decoder_head(head: str, embeddings: str) -> dict[str, str]:
+    """`Architecture.tied` of a language model whose logits are products with its embeddings."""
+    return {"lm_head.weight": f"{embeddings}.weight"} if head == "causal-lm" else {}
