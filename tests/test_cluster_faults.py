@@ -303,7 +303,7 @@ def _bring_back(place: Place, number: int) -> None:
         place.ssh.mend(place.node(number))
 
 
-@places("slurm", "ssh")
+@places("ssh")
 def test_a_node_is_gone(place, inputs, undisturbed, tmp_path, fault_table):
     out = tmp_path / "out"
     with place.start(*endless(inputs, out, HEARTBEAT, *NO_RESTART)) as process:

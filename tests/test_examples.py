@@ -145,6 +145,7 @@ def test_reviews(tmp_path: Path) -> None:
     }
 
 
+@_long_in_mindspore
 def test_paraphrase(tmp_path: Path) -> None:
     """Accuracy and F1 are those of a count over what `ftlaunch eval` has predicted."""
     _skip_unless_carried("paraphrase.yaml")

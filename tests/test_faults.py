@@ -72,10 +72,22 @@ def events_of(out: Path, kind: str) -> list[dict[str, object]]:
         ("kill-rank:0@evaluate", "rank 0 on node0: killed by SIGKILL"),
         ("kill-rank:1@save", "rank 1 on node1: killed by SIGKILL"),
         ("crash-rank:0@step20", "rank 0 on node0: segmentation fault"),
-        ("kill-agent:0@step20", "the agent on node0: killed by SIGKILL; rank 0 ended with it"),
+        pytest.param(
+            "kill-agent:0@step20",
+            "the agent on node0: killed by SIGKILL; rank 0 ended with it",
+            marks=pytest.mark.long,
+        ),
         ("kill-fork-server:0@step20", "the fork server on node"),
-        ("hang-node:1@step20", "the agent on node1: silent for 2 s; rank 1 ended with it"),
-        ("stop-rank:1@step20", "does not answer: its process is stopped by a signal"),
+        pytest.param(
+            "hang-node:1@step20",
+            "the agent on node1: silent for 2 s; rank 1 ended with it",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            "stop-rank:1@step20",
+            "does not answer: its process is stopped by a signal",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_rehearsed_fault_is_named_and_overcome(inputs, undisturbed, tmp_path, fault, culprit):

@@ -172,7 +172,8 @@ def reference(bert):
         *(("ddp", 2, each) for each in VARIANTS),
         ("zero1", 2, "plain"),
         ("zero2", 3, "plain"),
-        *(("zero3", 2, each) for each in VARIANTS),
+        ("zero3", 2, "plain"),
+        *(pytest.param("zero3", 2, each, marks=pytest.mark.long) for each in ("rslora", "dora")),
         ("zero3", 3, "plain"),
     ],
 )

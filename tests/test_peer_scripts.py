@@ -126,7 +126,13 @@ def torchrun(folder: Path, *words: str) -> list[str]:
     return losses(done.stdout)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name == "Accelerate" else ())
+        for name in SCRIPTS
+    ],
+)
 def test_the_losses_are_torchruns(tmp_path, name):
     (tmp_path / "train.py").write_text(textwrap.dedent(SCRIPTS[name]))
     words = ["train.py"]

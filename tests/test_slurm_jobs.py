@@ -127,6 +127,7 @@ def test_edits_after_the_submission_change_nothing(bed, tmp_path):
     assert state_of(bed, out)["exit_code"] == 0
 
 
+@pytest.mark.long
 def test_what_the_hub_has_is_sealed_with_its_commit(bed, tmp_path, inputs):
     """The job begins when `main` has moved on, and looks at the cache only."""
     cache, out = tmp_path / "hub", tmp_path / "out"
@@ -240,6 +241,7 @@ def test_a_job_that_is_told_of_its_end_goes_on_from_there(bed, tmp_path, inputs)
     assert bed.drained() == {}
 
 
+@pytest.mark.long
 def test_a_rank_that_is_killed_after_the_notice_keeps_no_job_from_the_queue(bed, tmp_path, inputs):
     out = tmp_path / "out"
     words = [word for word in inputs.endless(out) if word not in ("-o", out)]
@@ -288,6 +290,7 @@ def test_four_nodes_that_are_preempted_twice(bed, tmp_path, inputs):
     assert bed.drained() == {}
 
 
+@pytest.mark.long
 def test_a_script_at_its_time_limit(bed, tmp_path):
     """SLURM's own signal, of a limit of a minute; the script does not know of any of it."""
     out = tmp_path / "out"
@@ -306,7 +309,7 @@ def test_a_script_at_its_time_limit(bed, tmp_path):
     assert [end["exit_code"] for end in runs_of(out, job, "ended")] == [128 + 10, 0]
 
 
-@pytest.mark.parametrize("why", ["not allowed", "in vain"])
+@pytest.mark.parametrize("why", ["not allowed", pytest.param("in vain", marks=pytest.mark.long)])
 def test_a_job_that_is_not_requeued(bed, tmp_path, why):
     out = tmp_path / "out"
     script = write_script(tmp_path / "s", "import time\nprint('begins')\ntime.sleep(300)\n")
@@ -324,6 +327,7 @@ def test_a_job_that_is_not_requeued(bed, tmp_path, why):
     assert f"not requeued: {reason}" in log_of(out, job)
 
 
+@pytest.mark.long
 def test_a_requeue_by_somebody_else_is_one_requeue(bed, tmp_path, inputs):
     out = tmp_path / "out"
     words = [word for word in inputs.endless(out) if word not in ("-o", out)]

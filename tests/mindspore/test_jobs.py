@@ -137,7 +137,11 @@ def scheduler_process(out: Path) -> int:
 @pytest.mark.parametrize(
     ("victim", "culprit"),
     [
-        (lambda out: rank_process(out, 1), "rank 1 on node1: killed by SIGKILL"),
+        pytest.param(
+            lambda out: rank_process(out, 1),
+            "rank 1 on node1: killed by SIGKILL",
+            marks=pytest.mark.long,
+        ),
         (scheduler_process, "MindSpore's scheduler on node0: killed by SIGKILL"),
     ],
     ids=["a rank", "the scheduler"],
@@ -171,7 +175,11 @@ def test_a_killed_rank_is_started_again_from_the_last_checkpoint(inputs, trained
     assert_no_process_left(out)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)],
+    ids=["SIGTERM", "Ctrl-C"],
+)
 def test_a_stop_saves_and_exits_75(inputs, tmp_path, number):
     out = tmp_path / "out"
     with start(*inputs.endless(out, *MINDSPORE)) as process:
@@ -209,6 +217,7 @@ def test_a_rank_that_hangs_is_named(inputs, tmp_path):
     assert_no_process_left(out)
 
 
+@pytest.mark.long
 def test_ranks_that_are_executed_are_as_good(inputs, trained, tmp_path):
     out = tmp_path / "out"
     result = ftlaunch(*inputs.command(out, *THIRTY, *MINDSPORE, "cluster.start_method=exec"))

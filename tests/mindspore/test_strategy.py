@@ -226,7 +226,7 @@ def _epoch(world, folder):
     return seen, digests
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.long), 4])
 def test_every_sample_is_read_once_in_an_epoch(tmp_path, ranks):
     folder = write_config(tmp_path / "bert", "bert")
     results = run_ranks(ranks, _epoch, folder)

@@ -81,7 +81,7 @@ BACK = THERE_AND_BACK[1:]
     [
         pytest.param("causal-lm", THERE_AND_BACK, marks=pytest.mark.long),
         pytest.param("masked-lm", BACK, marks=pytest.mark.long),
-        ("token-classification", BACK),
+        pytest.param("token-classification", BACK, marks=pytest.mark.long),
     ],
     ids=list(TASKS),
 )
