@@ -51,6 +51,7 @@ class Activations:
     attention_work, mlp_work   what their backward passes have beside it, at most
     boundary         what a layer hands on: all that gradient checkpointing keeps of it
     ends             kept outside of the layers: embeddings, masks, the last norm
+    behind           of these, what is free once the backward pass has reached the last layer
     """
 
     attention: int
@@ -59,6 +60,7 @@ class Activations:
     mlp_work: int
     boundary: int
     ends: int
+    behind: int = 0
 
     @property
     def layer(self) -> int:
@@ -82,6 +84,7 @@ def activations(architecture: Architecture, setting: Setting) -> Activations:
         mlp_work=2 * found.mlp_work,
         boundary=found.boundary,
         ends=2 * found.ends,
+        behind=found.behind,
     )
 
 
@@ -161,6 +164,7 @@ def _before_norm(a: Architecture, s: Setting) -> Activations:
         mlp_work=mlp_work,
         boundary=hidden * s.residual,
         ends=2 * hidden * s.residual + noise,
+        behind=hidden * s.residual,
     )
 
 
@@ -184,4 +188,5 @@ def _llama(a: Architecture, s: Setting) -> Activations:
         mlp_work=mlp_work,
         boundary=hidden * s.residual,
         ends=hidden * s.residual + norm,
+        behind=hidden * s.residual + norm,
     )

@@ -86,14 +86,14 @@ class _Parts:
 
     held       by every phase: weights, masters, moments
     kept       by autograd at the end of the forward pass
-    work       beside it where the backward pass is widest
+    left       of it when the backward pass is widest, with what it computes there
     casts      of weights to the dtype of products, until the window's end
     largest    the gradient of the largest weight
     """
 
     held: int
     kept: int
-    work: int
+    left: int
     casts: int
     largest: int
     output: Output
@@ -130,7 +130,8 @@ def estimate(request: MemoryRequest) -> MemoryEstimate:
     parts = _Parts(
         held=held.weights + held.masters + held.optimizer,
         kept=kept + head.kept,
-        work=work,
+        # Where the last layer is; the gradient of what it gives is as wide as a boundary.
+        left=kept - found.behind + found.boundary + work,
         casts=2 * _in_products(architecture) if is_autocast else 0,
         largest=max(t.num_elements for t in architecture.tensors) * held.gradient_width,
         output=head,
@@ -257,8 +258,7 @@ def _data_parallel_phases(
     before = 0 if alone and not request.accumulates else gradients
     base = parts.held + parts.casts
     forward = base + before + parts.kept + parts.output.weight + parts.output.work
-    backward = base + before + parts.kept + parts.output.weight + parts.work
-    backward += parts.largest if request.gradient_checkpointing else 0
+    backward = base + before + parts.left + parts.output.weight
     # The embeddings are last; the head's gradient of a shared weight waits for theirs.
     end = base + gradients + parts.output.weight + parts.largest
     phases = {
@@ -307,7 +307,7 @@ def _zero_phases(
         optimizer += held.gradients
     phases = {
         "forward": whole + max(traffic.fetched, loss),
-        "backward": whole + weight + bucket + parts.work,
+        "backward": whole - parts.kept + parts.left + weight + bucket,
         "exchange": exchange,
         "optimizer": optimizer,
     }
