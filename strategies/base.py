@@ -53,6 +53,19 @@ class Batch:
     def num_padded_tokens(self) -> int:
         return int(self.inputs["input_ids"].size)
 
+    def one_row(self) -> Batch:
+        """The first row with weight alone, as wide as it is here; the first of all where none has any."""
+        row = int((self.weights != 0).reshape(len(self.weights), -1).any(axis=1).argmax())
+        only = slice(row, row + 1)
+        return Batch(
+            inputs={name: values[only] for name, values in self.inputs.items()},
+            labels=self.labels[only],
+            weights=self.weights[only],
+            indices=self.indices[only],
+            seed=self.seed,
+            lengths=None if self.lengths is None else self.lengths[only],
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrategyRequest:

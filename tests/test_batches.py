@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ftlaunch.strategies.base import Batch
 from ftlaunch.strategies.data.batches import Collator, micro_batch_seed
 from ftlaunch.strategies.data.dealing import deal
 from tests import tiny
@@ -57,6 +58,32 @@ def test_a_batch_is_padded_to_its_longest_row():
     assert batch.weights.tolist() == [3.0, 0.5]
     assert collator.total_items(np.array([0, 1])) == 3.5
     assert (batch.num_samples, batch.num_tokens, batch.num_padded_tokens) == (2, 4, 6)
+
+
+@pytest.mark.parametrize(("learned", "row"), [([0, 0, 1], 2), ([0, 2, 1], 1), ([0, 0, 0], 0)])
+def test_one_row_is_one_to_learn_from(learned, row):
+    """Labels of tokens, and samples that share rows: each of them stays what it is."""
+    weights = np.array([[0, each, 0, 0] for each in learned], dtype=np.float32)
+    labels = np.where(weights != 0, np.arange(12).reshape(3, 4), -100)
+    inputs = {
+        "input_ids": np.arange(12).reshape(3, 4),
+        "position_ids": np.array([[0, 1, 0, 1]] * 3),
+    }
+    batch = Batch(
+        inputs=inputs,
+        labels=labels,
+        weights=weights,
+        indices=np.array([7, 8, 9]),
+        seed=5,
+        lengths=np.array([2, 3, 4]),
+    )
+    one = batch.one_row()
+    assert {name: values.tolist() for name, values in one.inputs.items()} == {
+        name: [values[row].tolist()] for name, values in inputs.items()
+    }
+    assert one.labels.tolist() == [labels[row].tolist()]
+    assert one.weights.tolist() == [weights[row].tolist()]
+    assert (one.indices.tolist(), one.seed, one.num_tokens) == ([7 + row], 5, 2 + row)
 
 
 def test_filler_weighs_nothing():

@@ -192,3 +192,31 @@ def test_no_bit_differs_after_a_proof(bert, name, ranks, precision):
         assert losses == expected
         assert state.keys() == other.keys()
         assert all(np.array_equal(state[key], other[key]) for key in state)
+
+
+def _first_step(world, listen_fd, folder):
+    """(shapes of the first two passes, loss of the step, whether a parameter was found unused)"""
+    strategy = registry.load("ddp")(tiny.request(world, listen_fd, folder, model={"dropout": 0.1}))
+    shapes = []
+    strategy.model.register_forward_pre_hook(
+        lambda _, __, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    collator = tiny.windows(world, tiny.random_table(8), global_batch=8, micro_batch=4).collator
+    mine = np.arange(4) if world.is_main else np.zeros(0, dtype=np.int64)
+    strategy.accumulate(collator.batch(mine, seed=3), 4.0, last=True)
+    unused = strategy._has_unused
+    loss = strategy.apply(1e-3, stop=False, saving=0.0).loss
+    strategy.close()
+    return shapes, loss, unused
+
+
+def test_one_row_tells_whether_a_parameter_is_unused(bert):
+    """On a rank with four samples and on one that has filler alone."""
+    alone = run_ranks(1, _first_step, bert)[0]
+    found = run_ranks(2, _first_step, bert)
+    (rows, length), *more = alone[0]
+    assert rows == 4 and not more
+    assert found[0][0] == [(1, length), (4, length)]
+    assert [shape[0] for shape in found[1][0]] == [1, 1]
+    for _, loss, unused in found:
+        assert (loss, unused) == (alone[1], False)

@@ -192,15 +192,15 @@ class TorchDataParallel:
         return None
 
     def _wrap(self, batch: Batch) -> Any:
-        """DDP around the model. One backward pass beforehand, the proof's or one here, shows whether a
-        parameter is unused, which DDP has to be told: looking for them in every step would cost, not
-        looking would hang.
+        """DDP around the model. One backward pass beforehand, the proof's or one of a single row here,
+        shows whether a parameter is unused, which DDP has to be told: looking for them in every step
+        would cost, not looking would hang.
         """
         if self.world.size == 1:
             return self.model
         if self._has_unused is None:
             self._forward.set_training(self.model, True)
-            torch.autograd.backward(self._forward.loss_sum(self.model, batch))
+            torch.autograd.backward(self._forward.loss_sum(self.model, batch.one_row()))
             self._has_unused = any(p.grad is None for _, p in self._named)
             self._optimizer.zero_grad(set_to_none=True)
         device_ids = [self.device.index] if self.device.type == "cuda" else None
