@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.machine import Machine
 from ftlaunch.launcher.config import RunConfig
-from ftlaunch.launcher.job_memory import read_job_memory
+from ftlaunch.launcher.job_memory import JobMemory, read_job_memory
 from ftlaunch.launcher.plan import LaunchPlan, make_plan
 from ftlaunch.launcher.site import Site
 from ftlaunch.strategies.adapter import adapter_folder
@@ -150,12 +150,24 @@ def plan_cell(
         assumed=assumed,
         family=family_of(config.model),
         is_adapter=adapter_folder(config.model) is not None,
-        memory=read_job_memory(config),
+        memory=_memory_of(config),
     )
     options = replace(
         plan.options, train=replace(plan.options.train, max_steps=None, eval_strategy="no")
     )
     return replace(plan, mode="bench", options=options)
+
+
+def _memory_of(config: RunConfig) -> JobMemory:
+    """Random samples may be longer than any that a job without data.max_length makes of data."""
+    from ftlaunch.strategies.data.synthetic import lengths_of, longest_row
+
+    memory = read_job_memory(config)
+    if config.data.name_or_path is not None:
+        return memory
+    wanted = config.data.max_length
+    longest = longest_row(lengths_of(config.bench), wanted, memory.limit)
+    return replace(memory, length=longest) if wanted is None else memory
 
 
 def _num_ranks(config: RunConfig, site: Site, machines: Sequence[Machine]) -> int:

@@ -52,6 +52,7 @@ class JobMemory:
     architecture   None where config.json cannot be had, or cannot be understood
     why_not        why it is None, in words
     length         tokens of the longest row that there can be
+    limit          tokens of the longest row that the model takes; None where nothing is known of that
     is_trained     whether a parameter is, by its name; None: all are
     family         as `model_config.family_of` has it, also of what the hub's cache has
     """
@@ -59,6 +60,7 @@ class JobMemory:
     architecture: Architecture | None
     why_not: str = ""
     length: int = DEFAULT_MAX_LENGTH
+    limit: int | None = None
     is_trained: Callable[[str], bool] | None = None
     family: str | None = None
 
@@ -149,6 +151,7 @@ def _known(config: RunConfig, content: Mapping[str, Any]) -> JobMemory:
     return JobMemory(
         architecture=architecture,
         length=length,
+        limit=limit,
         is_trained=is_trained,
         family=family if isinstance(family, str) and not config.model.trust_remote_code else None,
     )

@@ -16,7 +16,7 @@ from ftlaunch.strategies.data.tasks import UNSUPERVISED, TaskSpec
 from ftlaunch.strategies.data.token_cache import Tokens
 from ftlaunch.strategies.data.token_samples import TokenSample
 from ftlaunch.strategies.model_config import max_length_of, read_model_config
-from ftlaunch.strategies.options import JobOptions
+from ftlaunch.strategies.options import BenchOptions, JobOptions
 
 _DEFAULT_MAX_LENGTH = 512
 # About those of sentences and short reviews.
@@ -70,6 +70,26 @@ def read_lengths(text: int | str) -> Lengths:
             "Correct it."
         )
     return found
+
+
+def lengths_of(options: BenchOptions) -> Lengths:
+    """As asked for, or about those of sentences. UserError as `read_lengths`."""
+    return read_lengths(options.lengths or _DEFAULT_LENGTHS)
+
+
+def longest_row(lengths: Lengths, max_length: int | None, limit: int | None) -> int:
+    """The most tokens that a sample can have. UserError where the model does not take so many.
+
+    max_length   of the job (data.max_length); None: 512, less by the model's limit, more by `lengths`
+    limit        the model's (`model_config.max_length_of`), None where it has none that we know
+    """
+    if limit is not None and max(lengths.high, max_length or 0) > limit:
+        raise UserError(
+            f"Samples of up to {max(lengths.high, max_length or 0)} tokens do not fit the model: it takes "
+            f"{limit} at most. Set bench.lengths (and data.max_length) to {limit} or less."
+        )
+    usual = min(limit or _DEFAULT_MAX_LENGTH, _DEFAULT_MAX_LENGTH)
+    return max_length or max(usual, lengths.high)
 
 
 class SyntheticTable:
@@ -135,7 +155,7 @@ def synthetic_tokens(options: JobOptions) -> Tokens:
     return make_tokens(
         options.task,
         read_model_config(options.model),
-        read_lengths(options.bench.lengths or _DEFAULT_LENGTHS),
+        lengths_of(options.bench),
         num_samples=options.bench.samples,
         max_length=options.data.max_length,
         seed=options.train.seed,
@@ -154,18 +174,10 @@ def make_tokens(
     """What `prepare_tokens` would give of real data. Follows from the arguments: equal on every rank.
 
     config       the model's: its vocabulary, padding and longest row
-    max_length   of the job (data.max_length), None for the model's own, 512 at most
+    max_length   as `longest_row` takes it
     UserError where the lengths are beyond the model's, or the configuration has no vocabulary.
     """
-    limit = max_length_of(dict(config))
-    longest = max_length or min(limit or _DEFAULT_MAX_LENGTH, _DEFAULT_MAX_LENGTH)
-    if limit is not None and max(lengths.high, max_length or 0) > limit:
-        raise UserError(
-            f"Samples of up to {max(lengths.high, max_length or 0)} tokens do not fit the model: it takes "
-            f"{limit} at most. Set bench.lengths (and data.max_length) to {limit} or less."
-        )
-    if max_length is None:
-        longest = max(longest, lengths.high)
+    longest = longest_row(lengths, max_length, max_length_of(dict(config)))
     vocabulary = config.get("vocab_size")
     if (
         not isinstance(vocabulary, int)
