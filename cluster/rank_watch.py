@@ -36,19 +36,30 @@ from ftlaunch.cluster.stacks import MAX_STACK_BYTES, STACK_SIGNAL
 _READ_BYTES = 1 << 16
 _TAIL_SECONDS = 0.1
 _STACK_SECONDS = 1.0
+# To wake the agent for every step of a few milliseconds takes the ranks' time; a pipe that nobody
+# waits for costs its writer nothing. A rank that was heard so lately is left alone for a moment.
+_LATELY_SECONDS = 0.05
+_REST_SECONDS = 0.01
 # What the kernel has killed before is not this job's; rarely enough to cost nothing.
 _COUNT_SECONDS = 4.0
 
 
 @dataclass(slots=True)
 class _Rank:
-    """A rank as its agent knows it. `pipe` is None once it was closed."""
+    """A rank as its agent knows it.
+
+    pipe       None once it was closed
+    heard_at   when it was read last
+    rests_until   until then nobody waits for the pipe; None while somebody does
+    """
 
     start: RankStart
     pipe: int | None
     tail: LogTail | None
     process: Process | None = None
     lines: LineBuffer = field(default_factory=LineBuffer)
+    heard_at: float = -float("inf")
+    rests_until: float | None = None
 
     @property
     def log_path(self) -> str:
@@ -85,7 +96,7 @@ class RankWatch:
         tail = LogTail(start.log_path) if start.shows_output else None
         rank = _Rank(start, reading, tail)
         self._ranks[start.rank] = rank
-        self._selector.register(reading, selectors.EVENT_READ, lambda: self._hear(rank))
+        self._wait_for(rank)
         return log, writing
 
     def started(self, event: Started) -> None:
@@ -110,7 +121,8 @@ class RankWatch:
 
     def due_at(self) -> float | None:
         """When `look` should be called next."""
-        times = [self._look_at] if self._look_at is not None else []
+        times = [rank.rests_until for rank in self._ranks.values() if rank.rests_until is not None]
+        times += [self._look_at] if self._look_at is not None else []
         if any(rank.tail is not None for rank in self._ranks.values()):
             times.append(time.monotonic() + _TAIL_SECONDS)
         return min(times) if times else None
@@ -118,6 +130,8 @@ class RankWatch:
     def look(self) -> None:
         """Send on what was printed, and the stacks that were asked for."""
         for rank in self._ranks.values():
+            if rank.rests_until is not None and time.monotonic() >= rank.rests_until:
+                self._wait_for(rank)
             self._show_output(rank)
         if time.monotonic() - self._memory_kills.time > _COUNT_SECONDS:
             self._memory_kills = count_memory_kills()
@@ -132,8 +146,21 @@ class RankWatch:
             # The pipe stays readable: without a pause this would go round and round.
             time.sleep(0.01)
         else:
+            lately = time.monotonic() - rank.heard_at < _LATELY_SECONDS
             self._read_pipe(rank)
+            if lately:
+                self._rest(rank)
         return True
+
+    def _wait_for(self, rank: _Rank) -> None:
+        if rank.pipe is not None:
+            rank.rests_until = None
+            self._selector.register(rank.pipe, selectors.EVENT_READ, lambda: self._hear(rank))
+
+    def _rest(self, rank: _Rank) -> None:
+        if rank.pipe is not None:
+            rank.rests_until = time.monotonic() + _REST_SECONDS
+            self._selector.unregister(rank.pipe)
 
     def _read_pipe(self, rank: _Rank) -> bool:
         """One portion of what a rank says; False when there is no more for now."""
@@ -146,6 +173,7 @@ class RankWatch:
         if not data:
             self._close_pipe(rank)
             return False
+        rank.heard_at = time.monotonic()
         for line in rank.lines.feed(data):
             try:
                 payload = json.loads(line)
@@ -158,9 +186,10 @@ class RankWatch:
 
     def _close_pipe(self, rank: _Rank) -> None:
         if rank.pipe is not None:
-            self._selector.unregister(rank.pipe)
+            if rank.rests_until is None:
+                self._selector.unregister(rank.pipe)
             os.close(rank.pipe)
-            rank.pipe = None
+            rank.pipe = rank.rests_until = None
 
     def _show_output(self, rank: _Rank, *, to_the_end: bool = False) -> bool:
         """Send on what a rank has written since; False when there was nothing."""
