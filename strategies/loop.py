@@ -99,10 +99,13 @@ class Windows:
     def batches(self, window: Window) -> Iterator[tuple[Batch, bool]]:
         """This rank's share of a window, each micro-batch with whether it is the last."""
         dealt = window.dealt[self.rank]
-        epoch = self.order.epoch(window.step)
-        for number, run in enumerate(dealt):
-            seed = micro_batch_seed(self.order.seed, window.step, self.rank, number)
-            yield self.collator.batch(run, seed=seed, epoch=epoch), number == len(dealt) - 1
+        seeds = [
+            micro_batch_seed(self.order.seed, window.step, self.rank, number)
+            for number in range(len(dealt))
+        ]
+        made = self.collator.batches(dealt, seeds=seeds, epoch=self.order.epoch(window.step))
+        for number, batch in enumerate(made):
+            yield batch, number == len(dealt) - 1
 
     def stream(self, first: int, end: int) -> Iterator[tuple[Window, Batch, bool]]:
         """The micro-batches of steps `first` to `end` - 1, one after the other."""

@@ -94,6 +94,27 @@ def test_filler_weighs_nothing():
     assert (batch.num_samples, batch.num_tokens) == (0, 0)
 
 
+def test_runs_that_are_looked_up_together_are_the_batches_of_each():
+    collator = Collator(table=tiny.random_table(9), pad_token_id=0)
+    runs = [np.array(run, dtype=np.int64) for run in ([7, 2, 5], [], [0], [8, 1])]
+    together = list(collator.batches(runs, seeds=[4, 5, 6, 7]))
+    assert [batch.seed for batch in together] == [4, 5, 6, 7]
+    for run, seed, batch in zip(runs, [4, 5, 6, 7], together, strict=True):
+        alone = collator.batch(run, seed=seed)
+        assert batch.inputs.keys() == alone.inputs.keys()
+        for name, values in alone.inputs.items():
+            np.testing.assert_array_equal(batch.inputs[name], values)
+        for name in ("labels", "weights", "indices"):
+            np.testing.assert_array_equal(getattr(batch, name), getattr(alone, name))
+
+
+@pytest.mark.parametrize("labels", [np.array([2, 0, 1]), np.zeros((3, 4), np.float32)])
+def test_without_weights_of_classes_every_label_counts_as_one(labels):
+    rows = [np.array([5], np.int32)] * 3
+    collator = Collator(table=tiny.Table(rows, labels), pad_token_id=0)
+    assert collator.total_items(np.array([0, 2])) == labels[[0, 2]].size
+
+
 def test_seeds_are_stateless_and_distinct():
     seeds = {
         micro_batch_seed(seed, step, rank, number)

@@ -85,9 +85,10 @@ def _log_of(first_step, total_steps, *, end_after=None):
         table = collator.table
         total_items = collator.total_items
 
-        def batch(self, indices, *, seed, epoch=0):
-            log.append(f"make {seed % 1000}")
-            return collator.batch(indices, seed=seed, epoch=epoch)
+        def batches(self, runs, *, seeds, epoch=0):
+            for run, seed in zip(runs, seeds, strict=True):
+                log.append(f"make {seed % 1000}")
+                yield collator.batch(run, seed=seed, epoch=epoch)
 
     cursor = Cursor(step=first_step, applied=first_step)
     train(

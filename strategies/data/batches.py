@@ -51,6 +51,12 @@ class Batches(Protocol):
 
     def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int = 0) -> Batch: ...
 
+    def batches(
+        self, runs: Sequence[NDArray[np.int64]], *, seeds: Sequence[int], epoch: int = 0
+    ) -> Iterator[Batch]:
+        """`batch` of each run with its seed, one after the other."""
+        ...
+
 
 def micro_batch_seed(seed: int, step: int, rank: int, number: int) -> int:
     """Seed of one micro-batch's random numbers: no generator state has to be saved."""
@@ -83,25 +89,39 @@ class Collator:
 
     def total_items(self, indices: NDArray[np.int64], *, epoch: int = 0) -> float:
         """Sum of the loss weights of these samples: what the window's loss is divided by."""
+        if self.class_weights is None:
+            # One for each label: as many as one sample has, and nothing to look up.
+            return float(len(indices) * self.table.labels(indices[:1]).size)
         return float(self.weights(self.table.labels(indices)).sum(dtype=np.float64))
 
     def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int = 0) -> Batch:
         """A batch of these samples, the same in every epoch; of one weightless sample where there are
         none.
         """
-        self.alive()
-        real = len(indices) > 0
-        taken = indices if real else np.zeros(1, dtype=np.int64)
-        rows = self.table.rows(taken)
-        inputs = pad_inputs(rows, self.pad_token_id, self.pad_to_multiple)
-        labels = self.table.labels(taken)
-        return Batch(
-            inputs=inputs,
-            labels=labels,
-            weights=self.weights(labels) if real else np.zeros(labels.shape, dtype=np.float32),
-            indices=taken if real else np.full(1, FILLER, dtype=np.int64),
-            seed=seed,
-        )
+        return next(self.batches([indices], seeds=[seed], epoch=epoch))
+
+    def batches(
+        self, runs: Sequence[NDArray[np.int64]], *, seeds: Sequence[int], epoch: int = 0
+    ) -> Iterator[Batch]:
+        """All runs are looked up at once: each look goes through the files that the samples lie in."""
+        taken = [run if len(run) else np.zeros(1, dtype=np.int64) for run in runs]
+        together = np.concatenate(taken)
+        all_rows, all_labels = self.table.rows(together), self.table.labels(together)
+        begin = 0
+        for run, indices, seed in zip(runs, taken, seeds, strict=True):
+            self.alive()
+            end = begin + len(indices)
+            labels = all_labels[begin:end]
+            yield Batch(
+                inputs=pad_inputs(all_rows[begin:end], self.pad_token_id, self.pad_to_multiple),
+                labels=labels,
+                weights=self.weights(labels)
+                if len(run)
+                else np.zeros(labels.shape, dtype=np.float32),
+                indices=indices if len(run) else np.full(1, FILLER, dtype=np.int64),
+                seed=seed,
+            )
+            begin = end
 
 
 def pad_inputs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,13 @@ class TokenCollator:
             seed=seed,
             lengths=lengths,
         )
+
+    def batches(
+        self, runs: Sequence[NDArray[np.int64]], *, seeds: Sequence[int], epoch: int = 0
+    ) -> Iterator[Batch]:
+        """`batch` of each run with its seed, one after the other."""
+        for run, seed in zip(runs, seeds, strict=True):
+            yield self.batch(run, seed=seed, epoch=epoch)
 
 
 def _positions(samples: list[TokenSample], length: int) -> NDArray[np.int64]:
