@@ -1,4 +1,4 @@
-"""A rank of `benchmarks.overhead`: our loop and a plain one in turn, in blocks of the same steps."""
+"""A rank of `benchmarks.overhead`: our loop and two plain ones in turn, in blocks of the same steps."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from ftlaunch.launcher import worker
 from ftlaunch.strategies import training
@@ -54,21 +55,23 @@ class InTurn:
                 profile.disable()
 
         ours(self._steps)
-        wall: list[tuple[float, float]] = []
-        processor: list[tuple[float, float]] = []
+        wall: list[list[float]] = []
+        processor: list[list[float]] = []
         while cursor.step + self._steps <= last:
             first = cursor.step
             made = [make(windows, step) for step in range(first, first + self._steps)]
             sides: list[Callable[[], None]] = [
                 lambda first=first: ours(first + self._steps),  # type: ignore[misc]
-                lambda made=made: plain(strategy, made),  # type: ignore[misc]
+                lambda made=made: plain(strategy, made, agrees=False),  # type: ignore[misc]
+                lambda made=made: plain(strategy, made, agrees=True),  # type: ignore[misc]
             ]
-            taken = [(0.0, 0.0)] * 2
-            for side in (0, 1) if len(wall) % 2 else (1, 0):
+            taken = [(0.0, 0.0)] * len(sides)
+            for number in range(len(sides)):
+                side = (number + len(wall)) % len(sides)
                 strategy.sum_across_ranks(np.zeros(1))
                 taken[side] = timed(sides[side])
-            wall.append((taken[0][0] / self._steps, taken[1][0] / self._steps))
-            processor.append((taken[0][1] / self._steps, taken[1][1] / self._steps))
+            wall.append([each[0] / self._steps for each in taken])
+            processor.append([each[1] / self._steps for each in taken])
         if strategy.world.is_main:
             if profile is not None:
                 profile.dump_stats(os.environ[_PROFILE_VARIABLE])
@@ -93,17 +96,28 @@ def make(windows: Windows, step: int) -> tuple[list[_Made], float]:
     return made, windows.total_items(indices, step)
 
 
-def plain(strategy: Any, made: list[tuple[list[_Made], float]]) -> None:
-    """What anyone would write for these micro-batches."""
+def plain(strategy: Any, made: list[tuple[list[_Made], float]], *, agrees: bool) -> None:
+    """What anyone would write for these micro-batches.
+
+    agrees   gradients are clipped, and the ranks sum up their losses
+    """
     model, optimizer = strategy._wrapped, strategy._optimizer
     ranks = strategy.world.size
     for micro_batches, total_items in made:
+        losses = torch.zeros((), dtype=torch.float64)
         for number, (inputs, labels) in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
             with contextlib.nullcontext() if last or ranks == 1 else model.no_sync():
                 logits = model(**inputs).logits
                 loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
                 (loss * (ranks / total_items)).backward()
+            if agrees:
+                losses += loss.detach()
+        if agrees:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if ranks > 1:
+                dist.all_reduce(losses)
+            losses.item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=ranks == 1)
 
