@@ -18,7 +18,8 @@ backward, reduce and step. Counted are the order of the samples, dealing and pad
 tensors, seeds, the norm of the gradients, the exchange in which ranks agree on overflow and stopping,
 reports and what the agent and the coordinator take from a rank's cores meanwhile. Not counted: DDP's own
 reduction, and what DDP and autograd take for themselves in Python, which the plain loop pays as well.
-What ours takes longer than the second is shown, too.
+How long that exchange takes of it, waiting for the other ranks included, and what ours takes longer than
+the second is shown, too.
 
 Beside the clock's time stands the processor time of rank 0's process, which other work on the machine
 does not lengthen much.
@@ -181,6 +182,7 @@ def row_of(name: str, found: dict[str, Any]) -> list[str]:
         name,
         shown(longer("wall", bare)),
         f"{median(longer('processor', bare)):.2f}",
+        shown([1e3 * each for each in found["exchange"]]),
         shown(longer("wall", agreeing)),
         f"{median(longer('processor', agreeing)):.2f}",
         " / ".join(medians),
@@ -220,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ranks x micro-batches",
         "overhead, ms a step",
         "processor ms",
+        "of it the exchange",
         "beside a loop that clips and sums",
         "processor ms",
         "ours / bare / clips and sums, ms",

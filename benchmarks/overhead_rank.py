@@ -47,16 +47,29 @@ class InTurn:
         last = others.pop("total_steps")
         profile = cProfile.Profile() if os.environ.get(_PROFILE_VARIABLE) else None
 
+        exchanging = 0.0
+        all_reduce = dist.all_reduce
+
+        def exchange(*args: Any, **options: Any) -> Any:
+            nonlocal exchanging
+            started = time.perf_counter()
+            try:
+                return all_reduce(*args, **options)
+            finally:
+                exchanging += time.perf_counter() - started
+
         def ours(total_steps: int) -> None:
             if profile is not None:
                 profile.enable()
-            train(strategy, windows, schedule, cursor, total_steps=total_steps, **others)
+            with mock.patch.object(dist, "all_reduce", exchange):
+                train(strategy, windows, schedule, cursor, total_steps=total_steps, **others)
             if profile is not None:
                 profile.disable()
 
         ours(self._steps)
         wall: list[list[float]] = []
         processor: list[list[float]] = []
+        exchanges: list[float] = []
         while cursor.step + self._steps <= last:
             first = cursor.step
             made = [make(windows, step) for step in range(first, first + self._steps)]
@@ -66,17 +79,19 @@ class InTurn:
                 lambda made=made: plain(strategy, made, agrees=True),  # type: ignore[misc]
             ]
             taken = [(0.0, 0.0)] * len(sides)
+            exchanging = 0.0
             for number in range(len(sides)):
                 side = (number + len(wall)) % len(sides)
                 strategy.sum_across_ranks(np.zeros(1))
                 taken[side] = timed(sides[side])
+            exchanges.append(exchanging / self._steps)
             wall.append([each[0] / self._steps for each in taken])
             processor.append([each[1] / self._steps for each in taken])
         if strategy.world.is_main:
             if profile is not None:
                 profile.dump_stats(os.environ[_PROFILE_VARIABLE])
             with open(self._result, "w") as file:
-                json.dump({"wall": wall, "processor": processor}, file)
+                json.dump({"wall": wall, "processor": processor, "exchange": exchanges}, file)
 
 
 def timed(run: Callable[[], None]) -> tuple[float, float]:
