@@ -10,7 +10,8 @@ Weights and tokens are random. Each is measured with samples that all have that 
 …_mixed, with lengths as uneven as those of texts, that length the longest. Sides:
 
 ours           `ftlaunch bench` with what the plan chooses
-torchrun, hf   a plain loop and the HF Trainer with our samples and micro-batches
+torchrun, hf   a plain loop and the HF Trainer with our samples in equal micro-batches; where memory
+               bounds ours in tokens, of as many samples as that bound lets be of the longest
 hf_default     the HF Trainer with the same samples in its own order: with mixed lengths it pads more
 
 Tokens a second are those without padding. Utilisation (MFU) of ours is what `ftlaunch bench` says:
@@ -40,6 +41,7 @@ from ftlaunch.cluster.errors import JobError
 from ftlaunch.cluster.machine import detect_machine
 from ftlaunch.launcher.bench_peers import run_program
 from ftlaunch.launcher.config import load_config
+from ftlaunch.launcher.job_memory import read_job_memory
 from ftlaunch.launcher.peer_work import check_comparable, make_peer_work
 from ftlaunch.launcher.plan import LaunchPlan, make_plan
 from ftlaunch.launcher.site import find_site
@@ -187,7 +189,9 @@ class Bench:
         )
         site = find_site(config.cluster, os.environ)
         machine = detect_machine(os.environ)
-        plan = make_plan(config, [machine], site, output_dir=str(self._folder))
+        plan = make_plan(
+            config, [machine], site, output_dir=str(self._folder), memory=read_job_memory(config)
+        )
         if on_cuda and plan.accelerator != "cuda":
             raise SystemExit(f"the plan chooses {plan.accelerator}, not CUDA: nothing is measured")
         return plan
@@ -218,7 +222,7 @@ class Bench:
     def _peer(self, side: str, folder: Path) -> Run:
         told = self._told
         if side == "hf_default":
-            told = {**told, "order": None}
+            told = in_its_own_order(told)
         try:
             result = run_program(
                 "hf" if side == "hf_default" else side,
@@ -235,6 +239,13 @@ class Bench:
             tokens_per_second=result["tokens_per_second"],
             padding_share=result["padding_share"],
         )
+
+
+def in_its_own_order(told: Mapping[str, Any]) -> dict[str, Any]:
+    """For one rank that draws its samples itself: global batches as large, of micro-batches all as large."""
+    size = sum(len(run) for run in told["order"][0][0])
+    rows = next(rows for rows in range(told["micro_batch"], 0, -1) if size % rows == 0)
+    return {**told, "order": None, "micro_batch": rows, "accumulation": size // rows}
 
 
 def run_rounds(case: Case, options: argparse.Namespace) -> list[dict[str, Run]]:

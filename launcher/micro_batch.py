@@ -114,6 +114,16 @@ def choose_micro_batch(
     )
 
 
+def tokens_that_fit(plan: LaunchPlan) -> int | None:
+    """The bound in tokens that memory sets, or whoever runs the job: larger ones may not fit.
+
+    Not a CPU's own, which is there for speed.
+    """
+    tokens = plan.max_tokens_per_micro_batch
+    asked = plan.options.train.max_tokens_per_micro_batch
+    return None if asked is None and tokens == _TOKENS[plan.accelerator] else tokens
+
+
 def explain_evaluation(chosen: MicroBatch) -> list[Reason]:
     """For the plan of a job that only evaluates."""
     why = "samples of a rank at once (train.per_device_eval_batch_size)"

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.launcher.micro_batch import tokens_that_fit
 from ftlaunch.launcher.plan import LaunchPlan
 from ftlaunch.strategies.adapter import adapter_folder, with_tokenizer
-from ftlaunch.strategies.data.dealing import deal
+from ftlaunch.strategies.data.dealing import deal, rows_at_once
 from ftlaunch.strategies.data.sample_file import write_samples
 from ftlaunch.strategies.data.sample_order import SampleOrder
 from ftlaunch.strategies.data.token_cache import Tokens, prepare_tokens
@@ -71,7 +72,8 @@ def make_peer_work(
 
     Peers are given our global batches, dealt by length into equally many samples: what a plan
     without a bound in tokens computes, micro-batch for micro-batch. A peer knows no such bound, and
-    most have the same number of micro-batches in every step. Of a benchmark's plan it is the order of
+    most have the same number of micro-batches in every step. Where our bound is one of memory, the
+    number is one that keeps it with the longest sample, too. Of a benchmark's plan it is the order of
     `strategies.measurement`, of a training job's that of its first epoch.
 
     steps   those that are measured
@@ -91,16 +93,19 @@ def make_peer_work(
     order = SampleOrder(
         num_samples=num_samples, global_batch_size=plan.global_batch_size, seed=train.seed
     )
+    batches = [order.global_batch(step) for step in range(total)]
+    lengths = [tokens.train.lengths(indices) for indices in batches]
+    rows = rows_at_once(
+        max(int(each.max()) for each in lengths), plan.micro_batch, tokens_that_fit(plan)
+    )
     dealt = []
-    for step in range(total):
-        indices = order.global_batch(step)
-        lengths = tokens.train.lengths(indices)
-        runs = deal(indices, lengths, world_size=plan.world_size, micro_batch=plan.micro_batch)
+    for indices, sizes in zip(batches, lengths, strict=True):
+        runs = deal(indices, sizes, world_size=plan.world_size, micro_batch=rows)
         dealt.append([[run.tolist() for run in share] for share in runs])
     numbers = sorted({n for step in dealt for share in step for run in share for n in run})
-    batches = make_collator(options, tokens, tokens.train, class_weights=None)
+    collator = make_collator(options, tokens, tokens.train, class_weights=None)
     file = folder / "samples.safetensors"
-    write_samples(file, batches, numbers, labels_are_next=tokens.spec.head == "causal-lm")
+    write_samples(file, collator, numbers, labels_are_next=tokens.spec.head == "causal-lm")
     place = {number: i for i, number in enumerate(numbers)}
     return {
         "model": options.model.name_or_path,
@@ -116,7 +121,7 @@ def make_peer_work(
         "pad_token_id": tokens.pad_token_id,
         "max_length": tokens.max_length,
         "order": _renumbered(dealt, place),
-        "micro_batch": plan.micro_batch,
+        "micro_batch": rows,
         "accumulation": len(dealt[0][0]),
         "precision": plan.precision,
         "device": plan.accelerator,

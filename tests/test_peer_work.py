@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from benchmarks import gpu
 from ftlaunch.cluster.errors import JobError, UserError
 from ftlaunch.cluster.machine import detect_machine
 from ftlaunch.launcher import bench_compare, bench_peers
 from ftlaunch.launcher.bench_peers import PEERS, check_peer, run_program
 from ftlaunch.launcher.config import load_config
+from ftlaunch.launcher.hardware import assumed_machine, find_hardware
 from ftlaunch.launcher.peer_work import check_comparable, make_peer_work, plan_tokens
 from ftlaunch.launcher.plan import make_plan
 from ftlaunch.launcher.site import find_site
@@ -94,6 +97,35 @@ def test_the_batches_are_those_of_the_plan(folders, tmp_path):
                         rows["input_ids"][begin:end].tolist()
                     )
                     assert rows["labels"][sample] == batch.labels[row]
+
+
+def test_a_peer_has_no_more_at_once_than_the_memory_of_ours_allows(tmp_path, monkeypatch):
+    """0.49 B parameters on 24 GB: of 16 samples of 1,024 tokens that a step has, 7 fit, so 6, 5 and 5."""
+    machine = assumed_machine(find_hardware("RTX-4090"), 1)
+    monkeypatch.setattr(gpu, "detect_machine", lambda environment: machine)
+    options = Namespace(smoke=False, warmup_steps=0, steps=1)
+    told = gpu.Bench(gpu.CASES["decoder_1024"], tmp_path, options)._told
+    assert (told["micro_batch"], told["accumulation"]) == (7, 3)
+    assert [len(run) for share in told["order"][0] for run in share] == [6, 5, 5]
+    # In an order of its own every micro-batch is as large as the others: 4 times 4.
+    own = gpu.in_its_own_order(told)
+    assert (own["order"], own["micro_batch"], own["accumulation"]) == (None, 4, 4)
+
+
+def test_a_bound_that_is_there_for_speed_is_not_laid_on_a_peer(tmp_path):
+    """A CPU's 1,024 tokens would leave 2 of 8 samples of 512."""
+    options = Namespace(smoke=True, warmup_steps=0, steps=1)
+    told = gpu.Bench(gpu.CASES["bert_512"], tmp_path, options)._told
+    assert (told["device"], told["micro_batch"], told["accumulation"]) == ("cpu", 8, 4)
+
+
+def test_a_bound_that_somebody_sets_holds_for_a_peer(folders, tmp_path):
+    plan = plan_of(folders, "train.max_tokens_per_micro_batch=45")
+    work = make_peer_work(plan, plan_tokens(plan), tmp_path, warmup_steps=0, steps=10)
+    longest = int(np.diff(load_file(work["tokens"])["offsets"]).max())
+    assert 1 < work["micro_batch"] == 45 // longest < plan.micro_batch
+    runs = [run for step in work["order"] for share in step for run in share]
+    assert max(len(run) for run in runs) <= work["micro_batch"]
 
 
 @pytest.mark.parametrize(("mode", "num_samples"), [("train", 240), ("bench", 231)])
