@@ -113,7 +113,9 @@ def step_flops(
             passed_layers.add(layer)
         if weight.kind == "embedding":
             continue
-        passes = 1 + (place > first or weight.trained) + weight.trained
+        # A tied head has the embedding's place, and stands behind everything all the same.
+        is_passed = weight.kind == "head" or place > first or weight.trained
+        passes = 1 + is_passed + weight.trained
         tokens = num_learned_tokens if weight.kind == "head" else num_tokens
         share = (shape.expert_share or 1.0) if _EXPERTS in weight.name else 1.0
         total += passes * _PER_ELEMENT * weight.size * share * tokens

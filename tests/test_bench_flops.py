@@ -77,6 +77,22 @@ def test_a_language_model(family):
     assert difference in (0, positions, ROWS * positions)
 
 
+def test_a_frozen_head_that_is_tied_to_the_embedding():
+    """Its place is the embedding's; what it multiplies comes last, so gradients pass through it."""
+    values = {**CONFIGS["qwen2"], "tie_word_embeddings": True}
+    config = AutoConfig.for_model(**values)
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config).train()
+    model.get_output_embeddings().weight.requires_grad = False
+    weights, shape = model_weights(model), read_shape(values)
+    assert shape is not None
+    assert (weights[0].kind, weights[0].trained) == ("head", False)
+    found = step_flops(weights, shape, [LENGTH] * ROWS, ROWS * LENGTH)
+    difference = counted(model) - (found - 6 * ROWS * LENGTH * size(model, axes=1))
+    positions = 2 * LENGTH * (32 // 2 // 2)
+    assert difference in (0, positions, ROWS * positions)
+
+
 def test_experts():
     """Two of four for each token."""
     experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}

@@ -71,6 +71,14 @@ def test_an_output_layer_is_multiplied_with_the_tokens_that_are_learned():
     assert found == 12_000 + 1050 + 12 * 2 * 4 * 25
 
 
+def test_gradients_pass_through_a_frozen_output_layer():
+    # It is tied to the embedding, which comes first: 4 · 1000 · 2 tokens that are learned of 5. Of the
+    # layers, 2 · 10 · 5 and 6 · 20 · 5, the last weight 4 · 5 · 5; attention 4 and 12 times 4 · 25.
+    kinds = ("head", "token", "token", "token")
+    found = step_flops(weights(False, False, True, False, kinds=kinds), SHAPE, [5], 2)
+    assert found == 8000 + 100 + 600 + 100 + 400 + 1200
+
+
 def test_nothing_trained_needs_nothing():
     assert step_flops(weights(False, False, False, False), SHAPE, [5], 5) == 0
 
