@@ -35,6 +35,7 @@ from ftlaunch.launcher.bench_cells import (
     rounds,
 )
 from ftlaunch.launcher.bench_compare import ROUNDS, Comparison, peer_lines, read_peers
+from ftlaunch.launcher.bench_folder import folder_of, make_folder, remove_folder
 from ftlaunch.launcher.bench_plot import can_plot, write_plot
 from ftlaunch.launcher.bench_report import (
     FORMAT_VERSION,
@@ -78,13 +79,12 @@ def bench(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
         _check_peers(config, cells, here)
     # With --json stdout is for the result alone.
     with Console(sys.stderr if arguments.json else sys.stdout) as console:
-        folder = _folder_of(config)
+        folder = folder_of(config.output_dir)
         if arguments.dry_run:
             console.plan(_plan_lines(config, cells, here, peers))
             console.say("dry run: nothing was started")
             return EXIT_DONE
         need_descriptors(max(cell.nodes for cell in cells))
-        _make_folder(folder)
         if config.model.name_or_path is None:
             synthetic = config.bench.lengths is not None
             config = prepare_demo(config)
@@ -145,31 +145,6 @@ def _check_data(config: RunConfig) -> None:
             f"the dataset {name} does not exist. Pass a file, a folder or the name of a data set on the "
             "hub, or leave --dataset out to measure with random samples."
         )
-
-
-def _folder_of(config: RunConfig) -> Path:
-    """An empty one, or none yet. UserError when there is something in it."""
-    if config.output_dir is None:
-        folder = Path.cwd() / "ftlaunch-bench" / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
-    else:
-        folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"the output folder {folder} is a file. Choose another with -o.")
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(
-            f"the output folder {folder} is not empty. A benchmark overwrites nothing: choose another with "
-            "-o, or remove it first."
-        )
-    return folder
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"the output folder {folder} cannot be made: {error.strerror}. Choose another with -o."
-        ) from None
 
 
 def _check_peers(config: RunConfig, cells: Sequence[Cell], here: Machine) -> None:
@@ -248,14 +223,19 @@ class _Benchmark:
         self._least = min(cell.nodes for cell in cells)
 
     def run(self, json_stream: TextIO | None) -> int:
-        """Run all cells; the exit code. What is done is kept, whatever ends it."""
+        """Run all cells; the exit code. What is done is kept, whatever ends it.
+
+        UserError where nothing was measured by mistakes in what was asked; then the folder is as it was.
+        """
+        made = make_folder(self._folder)
         try:
             with _signals_as_ctrl_c():
                 stopped = self._run_all()
         except KeyboardInterrupt:
             stopped = True
         results = list(self._results.values())
-        if all(result.why and result.by_user for result in results):
+        if all(result.why and result.by_user and not result.runs for result in results):
+            remove_folder(self._folder, made)
             raise UserError("\n".join(dict.fromkeys(result.why for result in results)))
         content = self._content(stopped)
         write_json(self._folder / "bench.json", content)

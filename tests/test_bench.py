@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from ftlaunch.launcher.bench_folder import make_folder, remove_folder
 from tests.jobs import (
     assert_mistake,
     assert_no_process_left,
@@ -277,6 +278,37 @@ def test_mistakes(arguments, words, inputs, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("there", "mistake", "words"),
+    [
+        (False, "train.global_batch_size=1", "a global batch of 1 cannot be spread over 2 ranks"),
+        # It is not installed beside torch.
+        (True, "strategy=mindspore", "lacks mindspore"),
+    ],
+    ids=["new", "empty"],
+)
+def test_after_a_mistake_the_folder_is_as_it_was(there, mistake, words, inputs, tmp_path):
+    model, _ = inputs
+    out = tmp_path / "some" / "where"
+    if there:
+        out.mkdir(parents=True)
+    arguments = ["--model", model, "model.random_weights=true", mistake, "-o", out]
+    assert_mistake(ftlaunch("bench", "--nodes", "2", *arguments), words)
+    found = {path.name for path in tmp_path.rglob("*")}
+    assert found == ({"some", "where"} if there else set())
+
+
+def test_what_others_have_put_into_the_folder_stays(tmp_path):
+    out = tmp_path / "some" / "out"
+    made = make_folder(out)
+    assert made == [out, tmp_path / "some"]
+    (out / "cells" / "ddp").mkdir(parents=True)
+    (out / "bench.json").write_text("{}")
+    (out / "mine").write_text("")
+    remove_folder(out, made)
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
     ("settings", "words"),
     [
         (["--dataset", "DATA", "train.global_batch_size=65"], ["64", "65", "global batch"]),
@@ -298,3 +330,4 @@ def test_mistakes_that_the_ranks_find(settings, words, inputs, tmp_path):
         "bench", "--model", model, "model.random_weights=true", *given, "-o", tmp_path / "out"
     )
     assert_mistake(result, *words)
+    assert list(tmp_path.iterdir()) == []
