@@ -44,6 +44,7 @@ from ftlaunch.launcher.bench_report import (
     result_lines,
     run_json,
     table_lines,
+    way_of,
 )
 from ftlaunch.launcher.bench_run import CellRun, CellRunner
 from ftlaunch.launcher.config import RunConfig, load_config
@@ -188,7 +189,7 @@ def _plan_lines(
             lines.append(f"{cell.name}: cannot be run: {error}")
             continue
         lines.append(
-            f"{cell.name}: {plan.world_size} ranks on {plan.num_nodes} nodes, {plan.strategy} "
+            f"{cell.name}: {plan.world_size} ranks on {plan.num_nodes} nodes, {way_of(plan)} "
             f"{plan.precision}, global batch {plan.global_batch_size}, micro-batch {plan.micro_batch} × "
             f"{plan.accumulation}, {plan.threads_per_rank} threads a rank"
         )

@@ -11,8 +11,10 @@ from ftlaunch.launcher.bench_cells import Cell
 from ftlaunch.launcher.bench_run import CellRun
 from ftlaunch.launcher.plan import LaunchPlan
 from ftlaunch.launcher.wording import short_number
+from ftlaunch.strategies.deepspeed_config import offload_devices
 from ftlaunch.strategies.flops import utilisation
 from ftlaunch.strategies.progress import Measured
+from ftlaunch.strategies.registry import entry
 
 FORMAT_VERSION = 1
 SHARES = ("compute", "communication", "data", "idle")
@@ -99,6 +101,21 @@ def base_of(results: Sequence[CellResult], result: CellResult) -> CellResult:
     )
 
 
+def _recomputes(plan: LaunchPlan) -> bool:
+    return bool(plan.options.model.gradient_checkpointing)
+
+
+def _offloads(plan: LaunchPlan) -> bool:
+    stage = entry(plan.strategy).zero_stage
+    return stage is not None and "cpu" in offload_devices(plan.options.deepspeed, stage)
+
+
+def way_of(plan: LaunchPlan) -> str:
+    """For the user: "ddp", or "zero3 + checkpointing + offload"."""
+    more = " + checkpointing" if _recomputes(plan) else ""
+    return f"{plan.strategy}{more}{' + offload' if _offloads(plan) else ''}"
+
+
 # -- JSON ---------------------------------------------------------------------------------------
 
 
@@ -116,6 +133,8 @@ def cell_json(results: Sequence[CellResult], result: CellResult) -> dict[str, An
         content |= {
             "strategy": plan.strategy,
             "precision": plan.precision,
+            "gradient_checkpointing": _recomputes(plan),
+            "offload": "cpu" if _offloads(plan) else "none",
             "ranks": plan.world_size,
             "global_batch_size": plan.global_batch_size,
             "micro_batch": plan.micro_batch,
@@ -218,7 +237,7 @@ def _row(results: Sequence[CellResult], result: CellResult) -> tuple[str, ...]:
         str(cell.nodes),
         str(plan.world_size) if plan else "-",
         cell.scaling,
-        plan.strategy if plan else cell.strategy,
+        way_of(plan) if plan else cell.strategy,
         plan.precision if plan else cell.precision,
         str(plan.global_batch_size) if plan else "-",
     )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.launcher.bench_cells import Cell, config_of, plan_cell
+from ftlaunch.launcher.bench_report import CellResult, cell_json, table_lines
 from ftlaunch.launcher.config import load_config
 from ftlaunch.launcher.hardware import HARDWARE, assume
 from tests.model_configs import LLAMA_1B, write_json
+
+CELL = Cell(nodes=1, strategy="auto", precision="auto", scaling="base")
 
 
 @pytest.fixture
@@ -23,7 +28,7 @@ def plan(tmp_path):
             overrides=overrides,
             data_optional=True,
         )
-        cell = Cell(nodes=1, strategy=strategy, precision="auto", scaling="base")
+        cell = replace(CELL, strategy=strategy)
         site, machines = assume(config.cluster, HARDWARE["H100-80GB"])
         return plan_cell(config_of(config, cell), cell, 1, site, machines, output_dir="/")
 
@@ -61,3 +66,35 @@ def test_samples_that_the_model_does_not_take_are_refused_before_memory_is(plan)
     """As the ranks would; the memory of such rows is nobody's."""
     with pytest.raises(UserError, match=r"9000000 tokens.*2048 at most.*bench\.lengths"):
         plan("bench.lengths=9000000", limit=2048)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings", "way", "keys"),
+    [
+        ("ddp", [], "ddp", (False, "none")),
+        ("ddp", ["model.gradient_checkpointing=false"], "ddp", (False, "none")),
+        ("ddp", ["model.gradient_checkpointing=true"], "ddp + checkpointing", (True, "none")),
+        ("zero2", ["deepspeed.offload=none"], "zero2", (False, "none")),
+        ("zero2", ["deepspeed.offload=cpu"], "zero2 + offload", (False, "cpu")),
+        (
+            "zero3",
+            [
+                "model.gradient_checkpointing=true",
+                'deepspeed.config={"zero_optimization": {"offload_param": {"device": "cpu"}}}',
+            ],
+            "zero3 + checkpointing + offload",
+            (True, "cpu"),
+        ),
+    ],
+)
+def test_how_a_cell_saved_memory_is_told(plan, strategy, settings, way, keys):
+    result = CellResult(cell=CELL, plan=plan(*settings, strategy=strategy))
+    content = cell_json([result], result)
+    assert (content["gradient_checkpointing"], content["offload"]) == keys
+    assert table_lines([result])[0] == f"{way}, bf16"
+
+
+def test_memory_that_auto_saves_is_told(plan):
+    """One row of 131,072 tokens is too much without."""
+    chosen = plan("bench.lengths=131072")
+    assert cell_json([], CellResult(cell=CELL, plan=chosen))["gradient_checkpointing"]
