@@ -2,7 +2,9 @@
 
     python -m benchmarks.startup --model FOLDER --data FOLDER --out startup.json
 
-first_step   4 ranks, the same model and data: ours beside torchrun with an HF Trainer script
+first_step   4 ranks, the same model and data: ours beside torchrun with an HF Trainer script. Each side
+             computes in the precision that it takes by itself, ours in bf16 where the CPU has it, the
+             Trainer in fp32; with --precision fp32 both in that
 reduce       a script that reduces one number, on 2 and on 16 nodes of 1 rank: ours as it comes
              (on few cores the ranks share the script's import) and with an interpreter each,
              beside torchrun with as many ranks
@@ -24,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from benchmarks.report import machine_line, markdown_table
 from ftlaunch.launcher.bench_peers import run_program
@@ -48,29 +51,17 @@ dist.destroy_process_group()
 """
 
 
-def ours_first_step(model: Path, data: Path, folder: Path) -> float:
-    """Seconds until the first step is on record."""
-    out = folder / "out"
-    command = [
+def our_command(model: Path, data: Path, folder: Path, precision: str | None) -> list[str]:
+    return [
         *_FTLAUNCH,
-        *("--nodes", "4", "--model", str(model), "--dataset", str(data), "-o", str(out)),
+        *("--nodes", "4", "--model", str(model), "--dataset", str(data)),
+        *("-o", str(folder / "out"), *(("--precision", precision) if precision else ())),
         *("data.text_columns=[sentence1,sentence2]", "data.max_length=128", "train.max_steps=1"),
         *("train.eval_strategy=no", f"data.cache_dir={folder.parent / 'our_cache'}"),
     ]
-    started = time.time()
-    with _running(command, folder) as process:
-        metrics = out / "metrics.jsonl"
-        while not (metrics.exists() and metrics.stat().st_size):
-            _check(process, started)
-            time.sleep(0.01)
-        seconds = time.time() - started
-        process.wait(timeout=_TIMEOUT)
-    return seconds
 
 
-def trainer_first_step(model: Path, data: Path, folder: Path) -> float:
-    """The same under torchrun: the script notes when its first step was done."""
-    started = time.time()
+def trainer_work(model: Path, data: Path, precision: str | None) -> dict[str, Any]:
     work = {
         "model": str(model),
         "rows": str(data / "train.jsonl"),
@@ -79,8 +70,28 @@ def trainer_first_step(model: Path, data: Path, folder: Path) -> float:
         "micro_batch": 8,
         "steps": 1,
         "threads": 1,
-        "started_at": started,
     }
+    return work | ({"precision": precision} if precision else {})
+
+
+def ours_first_step(model: Path, data: Path, precision: str | None, folder: Path) -> float:
+    """Seconds until the first step is on record."""
+    command = our_command(model, data, folder, precision)
+    started = time.time()
+    with _running(command, folder) as process:
+        metrics = folder / "out" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.stat().st_size):
+            _check(process, started)
+            time.sleep(0.01)
+        seconds = time.time() - started
+        process.wait(timeout=_TIMEOUT)
+    return seconds
+
+
+def trainer_first_step(model: Path, data: Path, precision: str | None, folder: Path) -> float:
+    """The same under torchrun: the script notes when its first step was done."""
+    started = time.time()
+    work = trainer_work(model, data, precision) | {"started_at": started}
     cache = {"HF_DATASETS_CACHE": str(folder.parent / "peer_cache"), "HF_HUB_OFFLINE": "1"}
     run = run_program(
         "hf",
@@ -134,10 +145,10 @@ def _check(process: subprocess.Popen[str], started: float) -> None:
         raise SystemExit(f"no first step:\n{process.communicate(timeout=60)[0][-4000:]}")
 
 
-def sides_of(model: Path, data: Path) -> dict[str, Callable[[Path], float]]:
+def sides_of(model: Path, data: Path, precision: str | None) -> dict[str, Callable[[Path], float]]:
     sides: dict[str, Callable[[Path], float]] = {
-        _FIRST_STEP[0]: partial(ours_first_step, model, data),
-        _FIRST_STEP[1]: partial(trainer_first_step, model, data),
+        _FIRST_STEP[0]: partial(ours_first_step, model, data, precision),
+        _FIRST_STEP[1]: partial(trainer_first_step, model, data, precision),
     }
     for nodes in (2, 16):
         for name, keys in {"ftlaunch": (), "ftlaunch exec": ("cluster.start_method=exec",)}.items():
@@ -148,13 +159,15 @@ def sides_of(model: Path, data: Path) -> dict[str, Callable[[Path], float]]:
     return sides
 
 
-def _pair_lines(seconds: Mapping[str, Sequence[float]]) -> list[str]:
+def _pair_lines(seconds: Mapping[str, Sequence[float]], precision: str | None) -> list[str]:
     """How long ours takes of what torchrun takes, round by round."""
     ours, theirs = (seconds.get(name) for name in _FIRST_STEP)
     if not ours or not theirs:
         return []
     pairs = sorted(mine / their for mine, their in zip(ours, theirs, strict=True))
-    return ["", f"first_step: {median(pairs):.2f} of the other ({pairs[0]:.2f} to {pairs[-1]:.2f})"]
+    ratio = f"{median(pairs):.2f} of the other ({pairs[0]:.2f} to {pairs[-1]:.2f})"
+    both = f"both in {precision}" if precision else "each in the precision that it takes by itself"
+    return ["", f"first_step: {ratio}, {both}"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -165,9 +178,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="sides whose name holds this")
+    parser.add_argument("--precision", choices=["fp32"], help="of both sides' first step")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args(argv)
-    sides = sides_of(options.model.resolve(), options.data.resolve())
+    sides = sides_of(options.model.resolve(), options.data.resolve(), options.precision)
     sides = {name: side for name, side in sides.items() if options.only in name}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     with tempfile.TemporaryDirectory(prefix="startup_") as root:
@@ -186,9 +200,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, all_ in seconds.items()
     ]
     print(markdown_table(("", "median s", "from to"), rows))
-    print(*_pair_lines(seconds), sep="\n")
+    print(*_pair_lines(seconds, options.precision), sep="\n")
     if options.out is not None:
-        report = {"machine": machine_line(), "seconds": seconds}
+        report = {
+            "machine": machine_line(),
+            "precision": options.precision,
+            "seconds": seconds,
+        }
         options.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
