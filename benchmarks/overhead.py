@@ -17,9 +17,9 @@ The overhead is what ours takes longer than the first, rank 0's seconds a step: 
 backward, reduce and step. Counted are the order of the samples, dealing and padding them, making
 tensors, seeds, the norm of the gradients, the exchange in which ranks agree on overflow and stopping,
 reports and what the agent and the coordinator take from a rank's cores meanwhile. Not counted: DDP's own
-reduction, and what DDP and autograd take for themselves in Python, which the plain loop pays as well.
-How long that exchange takes of it, waiting for the other ranks included, and what ours takes longer than
-the second is shown, too.
+reduction, and what DDP and autograd take for themselves in Python, which the plain loop pays as well;
+nor the first block of the job and its last, with which it ends and saves. How long that exchange takes
+of it, waiting for the other ranks included, and what ours takes longer than the second is shown, too.
 
 Beside the clock's time stands the processor time of rank 0's process, which other work on the machine
 does not lengthen much.
@@ -155,7 +155,7 @@ def run_case(
         *("model.trust_remote_code=true", "data.text_columns=[text]"),
         *(f"data.cache_dir={folder.parent / 'cache'}", f"train.global_batch_size={batch}"),
         *(f"train.per_device_train_batch_size={_ROWS_OF_A_MICRO_BATCH}",),
-        *(f"train.max_steps={(blocks + 1) * steps}", "train.eval_strategy=no"),
+        *(f"train.max_steps={(blocks + 2) * steps}", "train.eval_strategy=no"),
         "checkpoint.save_steps=1000000",
     ]
     path = os.pathsep.join([str(_ROOT / "typings"), str(_ROOT)])
