@@ -29,9 +29,11 @@ from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.ending import proof_to_json, show_verdict, verdict_json
 from ftlaunch.launcher.job_memory import JobMemory, read_job_memory
 from ftlaunch.launcher.micro_batch import (
+    SizeLimit,
     can_halve,
-    fits_into,
     halve_micro_batch,
+    keep_within,
+    limit_after,
     size_in_words,
     size_to_json,
     without_memory,
@@ -195,6 +197,7 @@ class _Job:
         self._rehearsal = rehearsal
         self._memory = memory
         self._stop_signal: str | None = None
+        self._limit = SizeLimit()
         self._record = _Record(
             started=timeline.started, startup=StartupClock(opened=timeline.started)
         )
@@ -271,6 +274,7 @@ class _Job:
             if restart.halves_micro_batch:
                 phase = self._record.phase
                 before, plan = plan, halve_micro_batch(plan, phase) or plan
+                self._limit = limit_after(self._limit, plan, phase)
                 why += f" ({size_in_words(before, phase)} → {size_in_words(plan, phase)})"
                 sizes = {"before": size_to_json(before), "after": size_to_json(plan)}
             self._record.progressed = False
@@ -284,10 +288,8 @@ class _Job:
                 return
             self._network = opened.network
             self._console.warn(f"going on with {opened.plan.num_nodes} nodes")
-            earlier, plan = plan, opened.plan
-            while not fits_into(plan, earlier) and (half := halve_micro_batch(plan)):
-                # What did not fit into memory does not fit now.
-                plan = half
+            # What did not fit into memory does not fit now.
+            plan = keep_within(opened.plan, self._limit)
 
         outcome = run_attempts(
             coordinator,

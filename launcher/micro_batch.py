@@ -57,6 +57,16 @@ class MicroBatch:
     reasons: tuple[Reason, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeLimit:
+    """What want of memory has left of a micro-batch, as in `MicroBatch`; None: it took nothing there."""
+
+    samples: int | None = None
+    tokens: int | None = None
+    eval_samples: int | None = None
+    eval_tokens: int | None = None
+
+
 def choose_micro_batch(
     config: RunConfig, world_size: int, accelerator: str, fits: Fits | None = None
 ) -> MicroBatch:
@@ -211,21 +221,71 @@ def _halved(choice: str, before: int | None, more: str = "") -> Reason | None:
 
 
 def _with(reasons: Sequence[Reason], changed: Sequence[Reason | None]) -> tuple[Reason, ...]:
-    """The reasons with those of the same choices exchanged."""
+    """The reasons with those of the same choices exchanged; a bound that is new comes after the samples."""
     others = {reason.choice: reason for reason in changed if reason is not None}
-    return tuple(others.get(reason.choice, reason) for reason in reasons)
+    known = {reason.choice for reason in reasons}
+    made: list[Reason] = []
+    for reason in reasons:
+        made.append(others.get(reason.choice, reason))
+        if reason.choice == "micro-batch" and "tokens" in others.keys() - known:
+            made.append(others["tokens"])
+    return tuple(made)
 
 
 def _half(tokens: int | None) -> int | None:
     return None if tokens is None else max(1, tokens // 2)
 
 
-def fits_into(plan: LaunchPlan, other: LaunchPlan) -> bool:
-    """Whether the plan's micro-batch is no larger than the other's."""
-    tokens = plan.max_tokens_per_micro_batch
-    other_tokens = other.max_tokens_per_micro_batch
-    fewer_tokens = other_tokens is None or (tokens is not None and tokens <= other_tokens)
-    return plan.micro_batch <= other.micro_batch and fewer_tokens
+def limit_after(limit: SizeLimit, plan: LaunchPlan, phase: PhaseName) -> SizeLimit:
+    """What `halve_micro_batch` left in that phase, for every plan that comes later."""
+    limit = replace(limit, eval_samples=plan.eval_micro_batch, eval_tokens=plan.eval_max_tokens)
+    if plan.mode == "eval" or phase == "evaluate":
+        return limit
+    return replace(limit, samples=plan.micro_batch, tokens=plan.max_tokens_per_micro_batch)
+
+
+def keep_within(plan: LaunchPlan, limit: SizeLimit) -> LaunchPlan:
+    """The plan with no more than memory has left of a micro-batch, and the same global batch."""
+    samples = _least(plan.micro_batch, limit.samples)
+    tokens = _least(plan.max_tokens_per_micro_batch, limit.tokens)
+    eval_samples = _least(plan.eval_micro_batch, limit.eval_samples)
+    eval_tokens = _least(plan.eval_max_tokens, limit.eval_tokens)
+    assert samples is not None, "a plan has a number of samples"
+    assert eval_samples is not None, "a plan has a number of samples"
+    accumulation = -(-plan.global_batch_size // (plan.world_size * samples))
+    if plan.mode == "eval":
+        changed = [
+            _lowered("micro-batch", plan.eval_micro_batch, eval_samples),
+            _lowered("tokens", plan.eval_max_tokens, eval_tokens),
+        ]
+    else:
+        changed = [
+            _lowered("micro-batch", plan.micro_batch, samples),
+            _lowered("tokens", plan.max_tokens_per_micro_batch, tokens),
+            _accumulation(accumulation, tokens),
+        ]
+    return replace(
+        plan,
+        micro_batch=samples,
+        max_tokens_per_micro_batch=tokens,
+        eval_micro_batch=eval_samples,
+        eval_max_tokens=eval_tokens,
+        accumulation=accumulation,
+        reasons=_with(plan.reasons, changed),
+    )
+
+
+def _least(planned: int | None, left: int | None) -> int | None:
+    """Of two bounds that may be none."""
+    return min((size for size in (planned, left) if size is not None), default=None)
+
+
+def _lowered(choice: str, planned: int | None, now: int | None) -> Reason | None:
+    if now is None or now == planned:
+        return None
+    instead = "" if planned is None else f"instead of {planned:,}: "
+    why = f"{instead}memory ran out with twice as many before"
+    return Reason(choice=choice, value=f"{now:,}", why=why)
 
 
 def size_in_words(plan: LaunchPlan, phase: PhaseName) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from ftlaunch.launcher.plan import LaunchPlan
 from tests import beds
 from tests.cluster_jobs import (
     GONE_SECONDS,
@@ -348,6 +349,10 @@ def test_the_other_nodes_go_on(place, inputs, undisturbed, tmp_path):
     assert "going on with 2 nodes" in output
     if place.kind == "ssh":
         assert output.index("going on with 2 nodes") < output.index("going on with 3 nodes")
+    # Memory was never short: a rank computes its whole share at once, with 3 nodes as with 2.
+    plan = LaunchPlan.read(out / "plan.json")
+    assert plan.micro_batch == -(-plan.global_batch_size // plan.num_nodes)
+    assert plan.accumulation == 1
     assert_same_training(metrics_of(out), undisturbed)
     place.wait_gone(out, time.monotonic())
 

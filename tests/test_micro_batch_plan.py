@@ -9,10 +9,12 @@ import pytest
 from ftlaunch.launcher.config import load_config
 from ftlaunch.launcher.micro_batch import (
     Fits,
+    SizeLimit,
     can_halve,
     choose_micro_batch,
-    fits_into,
     halve_micro_batch,
+    keep_within,
+    limit_after,
     size_in_words,
     without_memory,
 )
@@ -113,13 +115,68 @@ def test_when_half_would_help():
     assert can_halve(one, phase="evaluate", longest_sample=100)
 
 
-def test_what_did_not_fit_is_told_from_what_did():
-    plan = _plan(nodes=1)
-    half = halve_micro_batch(plan)
+def _sizes(plan):
+    return (
+        *(plan.micro_batch, plan.max_tokens_per_micro_batch),
+        *(plan.eval_micro_batch, plan.eval_max_tokens),
+    )
+
+
+def _why(plan, choice):
+    [reason] = [reason for reason in plan.reasons if reason.choice == choice]
+    return f"{reason.value} {reason.why}"
+
+
+def test_other_nodes_lower_nothing_that_memory_has_not():
+    """A rank of more nodes had a smaller share, which says nothing of memory."""
+    for mode in ("train", "eval"):
+        for nodes in (1, 2, 3, 4):
+            plan = _plan(nodes=nodes, mode=mode)
+            assert keep_within(plan, SizeLimit()) == plan
+
+
+def test_what_did_not_fit_does_not_fit_with_other_nodes():
+    """8 samples did not fit on 4 nodes, 4 do: 4 nodes of 8 samples a step each, one of 32."""
+    before = _plan(nodes=4)
+    assert _sizes(before) == (8, 1024, 16, 2048)
+    half = halve_micro_batch(before)
     assert half is not None
-    assert fits_into(half, plan)
-    assert not fits_into(plan, half)
-    assert fits_into(plan, plan)
+    limit = limit_after(SizeLimit(), half, "train")
+    assert keep_within(before, limit).accumulation == 2
+    plan = keep_within(_plan(nodes=1), limit)
+    assert _sizes(plan) == (4, 512, 8, 1024)
+    assert plan.accumulation == 8
+    assert _why(plan, "micro-batch") == "4 instead of 8: memory ran out with twice as many before"
+    assert _why(plan, "accumulation").startswith("8 ")
+    # Of a smaller share nothing is taken.
+    assert keep_within(_plan(nodes=16), limit).micro_batch == 2
+
+
+def test_a_bound_in_tokens_stays_where_the_new_plan_has_none():
+    roomy = _plan(GPU)
+    assert _sizes(roomy) == (8, None, 16, None)
+    limit = SizeLimit(samples=4, tokens=1536, eval_samples=8, eval_tokens=3072)
+    plan = keep_within(roomy, limit)
+    assert _sizes(plan) == (4, 1536, 8, 3072)
+    assert _why(plan, "tokens") == "1,536 memory ran out with twice as many before"
+    choices = [reason.choice for reason in plan.reasons]
+    assert choices.index("tokens") == choices.index("micro-batch") + 1
+    assert _sizes(keep_within(roomy, SizeLimit(samples=4))) == (4, None, 16, None)
+
+
+def test_an_evaluation_that_was_halved_stays_so():
+    half = halve_micro_batch(_plan(nodes=2), "evaluate")
+    assert half is not None
+    limit = limit_after(SizeLimit(), half, "evaluate")
+    plan = keep_within(_plan(nodes=1), limit)
+    assert _sizes(plan) == (8, 1024, 8, 1024)
+    assert _why(plan, "micro-batch") == _why(_plan(nodes=1), "micro-batch")
+    alone = halve_micro_batch(_plan(nodes=2, mode="eval"))
+    assert alone is not None
+    limit = limit_after(SizeLimit(), alone, "evaluate")
+    plan = keep_within(_plan(nodes=1, mode="eval"), limit)
+    assert _sizes(plan) == (8, 1024, 8, 1024)
+    assert _why(plan, "micro-batch").startswith("8 instead of 16")
 
 
 def test_what_to_do_without_memory():
