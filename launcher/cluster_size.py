@@ -46,6 +46,28 @@ def no_room(
     )
     if least.host_lacking:
         text += f"; in the host's memory {gib(least.host)}, of {gib(room.host)}"
+    words, number = smallest_in_words(
+        ways, work, room, num_machines=num_machines, is_one_machine=is_one_machine
+    )
+    text += f". {words}. "
+    if number is None:
+        return (
+            f"{text}Choose devices with more memory, a smaller data.max_length or a smaller model."
+            f"{_ANYWAY}"
+        )
+    text += "Use so many" + ("" if is_one_machine else f" (--nodes {number})")
+    text += " or a smaller data.max_length"
+    text += ", or an adapter (lora.r=16)." if work.memory.is_trained is None else "."
+    ranks = number * (work.world_size // num_machines)
+    if ranks > global_batch_size:
+        text += f" So many ranks need train.global_batch_size={ranks} or more."
+    return text + _ANYWAY
+
+
+def smallest_in_words(
+    ways: Sequence[Way], work: Work, room: Room, *, num_machines: int, is_one_machine: bool
+) -> tuple[str, int | None]:
+    """("The smallest cluster that would hold it: 4 such nodes …", its number of nodes, None for none)."""
     found = {
         offload: smallest_cluster(some, work, room, num_nodes=num_machines)
         for offload in (False, True)
@@ -55,24 +77,16 @@ def no_room(
     if not sizes:
         whole = {way.strategy for way in ways} <= {"ddp", "mindspore"}
         why = "every rank has the whole model" if whole else "activations are not divided"
-        return (
-            f"{text}. No number of such devices would hold it, since {why}. Choose devices with more "
-            f"memory, a smaller data.max_length or a smaller model.{_ANYWAY}"
-        )
+        return f"No number of such devices would hold it, since {why}", None
     number, way = min(sizes, key=lambda size: (size[0], size[1].offload))
-    ranks = work.world_size // num_machines
     kind = "machines like this one" if is_one_machine else "such nodes"
     label = measure(way, work, room).label
-    text += f". The smallest cluster that would hold it: {number} {kind} with {ranks} rank(s) each, {label}"
+    ranks = work.world_size // num_machines
+    text = f"The smallest cluster that would hold it: {number} {kind} with {ranks} rank(s) each, {label}"
     without = found.get(False)
     if way.offload and without is not None:
         text += f" ({without[0]} without offload)"
-    text += ". Use so many" + ("" if is_one_machine else f" (--nodes {number})")
-    text += " or a smaller data.max_length"
-    text += ", or an adapter (lora.r=16)." if work.memory.is_trained is None else "."
-    if number * ranks > global_batch_size:
-        text += f" So many ranks need train.global_batch_size={number * ranks} or more."
-    return text + _ANYWAY
+    return text, number
 
 
 def smallest_cluster(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.cluster.machine import Machine
-from ftlaunch.launcher.cluster_size import no_room
+from ftlaunch.launcher.cluster_size import no_room, smallest_in_words
 from ftlaunch.launcher.config import RunConfig
 from ftlaunch.launcher.job_memory import JobMemory
 from ftlaunch.launcher.layout import Layout, Reason
@@ -163,6 +163,7 @@ class _Chooser:
     def choose(self, plain: Choice, *, num_machines: int) -> Choice:
         """num_machines   real ones: on one that plays several nodes 1"""
         plainly, more = self._ways()
+        ways = [*plainly, *more]
         rows = [self._measured(way) for way in plainly]
         mine = [row for row in rows if self._may_be_chosen(row)]
         chosen = next((row for row in mine if row.fits), None)
@@ -172,7 +173,7 @@ class _Chooser:
             mine += [row for row in further if self._may_be_chosen(row)]
             chosen = next((row for row in mine if row.fits), None)
         if chosen is None:
-            chosen = self._none_fits(rows, [*plainly, *more], num_machines)
+            chosen = self._none_fits(rows, mine, ways, num_machines)
         table = MemoryTable(
             capacity=self._room.capacity,
             usable=self._room.usable,
@@ -182,7 +183,7 @@ class _Chooser:
             is_bound=not self._architecture.known,
             length=self._memory.length,
             rows=tuple(replace(row, chosen=row is chosen) for row in rows),
-            warnings=self._warnings(chosen),
+            warnings=self._warnings(chosen, rows, ways, num_machines),
         )
         reasons = self._reasons(plain, chosen, rows)
         return Choice(
@@ -272,13 +273,21 @@ class _Chooser:
     # -- the outcome ------------------------------------------------------------------------
 
     def _none_fits(
-        self, rows: Sequence[MemoryRow], ways: Sequence[Way], num_machines: int
+        self,
+        rows: Sequence[MemoryRow],
+        mine: Sequence[MemoryRow],
+        ways: Sequence[Way],
+        num_machines: int,
     ) -> MemoryRow:
-        """The row that is taken all the same. UserError where the choice was ours, and not by a bound."""
-        usual = next(row for row in rows if row.strategy == (self._asked or self._usual))
-        left_to_us = self._asked is None and not self._is_bound_to_usual
-        if not left_to_us or not self._architecture.known:
-            return usual
+        """The row that is taken all the same. UserError where the choice was ours, and not by a bound.
+
+        mine   those of the rows that may be chosen
+        """
+        if not self._is_ours:
+            return next(row for row in rows if row.strategy == (self._asked or self._usual))
+        if not self._architecture.known:
+            # What it really takes is less: the one that lacks least is the one that may fit.
+            return min(mine, key=lambda row: (row.lacking + row.host_lacking, row.peak))
         raise UserError(
             no_room(
                 rows,
@@ -292,7 +301,18 @@ class _Chooser:
             )
         )
 
-    def _warnings(self, chosen: MemoryRow) -> tuple[str, ...]:
+    @property
+    def _is_ours(self) -> bool:
+        """Whether the user left the strategy to us."""
+        return self._asked is None and not self._is_bound_to_usual
+
+    def _warnings(
+        self,
+        chosen: MemoryRow,
+        rows: Sequence[MemoryRow],
+        ways: Sequence[Way],
+        num_machines: int,
+    ) -> tuple[str, ...]:
         if chosen.fits:
             return ()
         bound = "" if self._architecture.known else "at most "
@@ -305,6 +325,19 @@ class _Chooser:
                 f"; {gib(chosen.host)} GiB of the host's memory for each rank, where {gib(self._room.host)} "
                 "are counted on"
             )
+        if self._is_ours:
+            uninstalled = next((row for row in rows if row.fits), None)
+            if uninstalled is not None:
+                text += f". {uninstalled.label} would fit, but {uninstalled.remark}"
+            else:
+                words, _ = smallest_in_words(
+                    ways,
+                    self._work,
+                    self._room,
+                    num_machines=num_machines,
+                    is_one_machine=self._is_one_machine,
+                )
+                text += f". {words}"
         return (f"{text}. It is started all the same: an estimate is no measurement.",)
 
     def _reasons(
@@ -315,7 +348,10 @@ class _Chooser:
             why = "weights that compute stand beside masters in fp32"
             if self._layout.world_size > 1:
                 why = _PARTS[chosen.strategy].format(self._layout.world_size)
-            why += _passed_over(rows[: rows.index(chosen)], self._room.usable)
+            if chosen.fits:
+                why += _passed_over(rows[: rows.index(chosen)], self._room.usable)
+            else:
+                why += "; nothing fits for sure, and this lacks least"
             reasons = (Reason(choice="strategy", value=chosen.strategy, why=why),)
         if chosen.gradient_checkpointing and not self._config.model.gradient_checkpointing:
             what = chosen.strategy if self._asked is not None else "nothing"

@@ -260,9 +260,45 @@ def test_an_unknown_family_gives_a_bound_that_is_marked(plan):
 
 
 def test_a_bound_refuses_nothing(plan):
-    made = plan({**LLAMA_70B, "model_type": "zebra"}, 4 * GIB)
+    """The most frugal way is tried, and where the bound itself would fit is said."""
+    zebra = {**LLAMA_70B, "model_type": "zebra"}
+    made = plan(zebra, 40 * GIB)
+    lacking = {row.label: row.lacking + row.host_lacking for row in made.memory.rows}
+    assert made.memory.chosen.label == "zero3 + offload" == min(lacking, key=lambda n: lacking[n])
+    assert (made.strategy, made.options.deepspeed.offload) == ("zero3", "cpu")
+    assert "nothing fits for sure, and this lacks least" in why(made, "strategy")
+    [line] = [line for line in made.describe() if line.startswith("warning")]
+    assert "zero3 + offload does not fit by the estimate: a rank needs at most " in line
+    assert line.endswith("It is started all the same: an estimate is no measurement.")
+
+
+def test_a_bound_names_the_smallest_cluster_and_fits_there(plan):
+    zebra, flags = {**LLAMA_70B, "model_type": "zebra"}, ("train.global_batch_size=1024",)
+    made = plan(zebra, 80 * GIB, *flags)
+    [line] = [line for line in made.describe() if line.startswith("warning")]
+    found = re.search(
+        r"The smallest cluster that would hold it: (\d+) such nodes with 8 rank", line
+    )
+    assert found is not None, line
+    nodes = int(found[1])
+    assert plan(zebra, 80 * GIB, *flags, nodes=nodes).memory.warnings == ()
+    assert f"{nodes} such nodes" in plan(zebra, 80 * GIB, *flags, nodes=nodes - 1).describe()[-1]
+
+
+def test_a_bound_chooses_among_what_is_installed_and_left_to_us(plan):
+    def bare(machine: Machine) -> Machine:
+        versions = {k: v for k, v in machine.versions.items() if k != "deepspeed"}
+        return replace(machine, versions=versions)
+
+    zebra = {**LLAMA_70B, "model_type": "zebra"}
+    assert plan(zebra, 4 * GIB, change=bare).strategy == "ddp"
+    room = enough_for(rows_of(plan({**LLAMA_1B, "model_type": "zebra"}))["zero3"])
+    made = plan({**LLAMA_1B, "model_type": "zebra"}, room, change=bare)
     assert made.strategy == "ddp"
-    assert any(line.startswith("warning: ddp does not fit") for line in made.describe())
+    assert "zero3 would fit, but deepspeed is not installed" in made.memory.warnings[0]
+    asked = plan(zebra, 4 * GIB, strategy="ddp")
+    assert asked.strategy == "ddp"
+    assert "smallest cluster" not in asked.memory.warnings[0]
 
 
 def test_a_bound_chooses_but_does_not_switch_checkpointing_on(plan):
