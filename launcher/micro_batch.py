@@ -89,14 +89,14 @@ def choose_micro_batch(
     tokens, tokens_origin = asked_tokens, "train.max_tokens_per_micro_batch"
     if tokens is None:
         tokens, tokens_origin = _TOKENS[accelerator], f"the default on {accelerator}"
-        # Short samples may still be many: only what they add up to is bound.
-        if fits is not None and asked_samples is None and fits.samples < min(bound, share):
-            room = fits.samples * fits.length
-            if not tokens or room < tokens:
-                tokens = room
-                tokens_origin = (
-                    f"the memory of a device holds {fits.samples} of {fits.length:,} tokens"
-                )
+    if fits is not None and asked_samples is None and fits.samples < min(bound, share):
+        held = f"the memory of a device holds {fits.samples} of {fits.length:,} tokens"
+        # Short samples may still be many: only what they add up to is bound, unless that was excluded.
+        room = fits.samples * fits.length
+        if asked_tokens == 0:
+            bound, origin = fits.samples, held
+        elif asked_tokens is None and (not tokens or room < tokens):
+            tokens, tokens_origin = room, held
     accumulation = -(-share // bound)
     samples = -(-share // accumulation)
     why = f"{share} samples a rank of a global batch of {train.global_batch_size}"

@@ -407,7 +407,7 @@ def _work(config: RunConfig, layout: Layout, memory: JobMemory) -> Work:
         share=-(-train.global_batch_size // layout.world_size),
         rows=min(rows, MAX_SIZE),
         fixed=train.per_device_train_batch_size is not None
-        or train.max_tokens_per_micro_batch is not None,
+        or bool(train.max_tokens_per_micro_batch),
         attention=config.model.attn_implementation,
         zero=buffers_of(config.deepspeed),
     )

@@ -57,6 +57,13 @@ def test_memory_lowers_what_nobody_asked_for():
     assert _chosen(accelerator="cpu", fits=Fits(samples=1, length=512)) == (8, 512)
     asked = "train.per_device_train_batch_size=16"
     assert _chosen(asked, accelerator="cuda", fits=fits) == (16, None)
+    # Without a bound in tokens, of samples as long as the longest.
+    none = "train.max_tokens_per_micro_batch=0"
+    assert _chosen(none, accelerator="cuda", fits=fits) == (6, None)
+    assert _chosen(none, "train.per_device_train_batch_size=16", accelerator="cuda", fits=fits) == (
+        16,
+        None,
+    )
     asked = "train.max_tokens_per_micro_batch=8192"
     assert _chosen(asked, accelerator="cuda", fits=fits) == (32, 8192)
 

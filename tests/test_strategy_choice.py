@@ -427,6 +427,24 @@ def test_the_largest_micro_batch_that_fits(plan):
     assert "holds 5 of 512 tokens" in why(made, "tokens")
 
 
+def test_no_bound_in_tokens_leaves_the_samples_to_memory(plan):
+    """It fixes no number of them: the strategy is the same, and so many are computed as fit."""
+    settings = ["train.per_device_train_batch_size=null", "train.global_batch_size=256"]
+    one = plan(LLAMA_1B, A_LOT, "train.global_batch_size=256").memory.chosen
+    room = enough_for(one) + (2 << 30)
+    usual = plan(LLAMA_1B, room, *settings)
+    made = plan(LLAMA_1B, room, *settings, "train.max_tokens_per_micro_batch=0")
+    assert made.strategy == usual.strategy == "ddp"
+    rows = made.memory.chosen.micro_batch
+    assert 1 <= rows == usual.memory.chosen.micro_batch < 32
+    assert (usual.micro_batch, usual.max_tokens_per_micro_batch) == (32, rows * 512)
+    assert made.max_tokens_per_micro_batch is None
+    # 32 samples a rank in as few pieces as memory allows, all of about one size.
+    assert made.accumulation == -(-32 // rows)
+    assert made.micro_batch <= rows
+    assert f"the memory of a device holds {rows} of 512 tokens" in why(made, "micro-batch")
+
+
 def test_the_users_own_micro_batch_is_not_lowered(plan):
     set_by_user = ["train.per_device_train_batch_size=32", "train.global_batch_size=256"]
     peak = plan(LLAMA_1B, A_LOT, *set_by_user, strategy="ddp").memory.chosen.peak
