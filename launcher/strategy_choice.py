@@ -89,16 +89,19 @@ def choose_strategy(
 
 def _named(config: RunConfig, accelerator: str) -> tuple[str | None, str]:
     """(the strategy that the user named somewhere, why)."""
-    stage = stage_of(config.deepspeed)
-    if config.strategy == "auto":
-        named = f"zero{stage}"
-        return (named, "by deepspeed.config") if named in STRATEGIES else (None, "")
-    if accelerator not in entry(config.strategy).accelerators:
+    named, origin, why = config.strategy, f"--strategy {config.strategy}", "as asked for"
+    if named == "auto":
+        named = f"zero{stage_of(config.deepspeed)}"
+        origin, why = f"deepspeed.config asks for {named}, which", "by deepspeed.config"
+        if named not in STRATEGIES:
+            return None, ""
+    if accelerator not in entry(named).accelerators:
+        left_out = "deepspeed.config" if config.strategy == "auto" else "--strategy"
         raise UserError(
-            f"--strategy {config.strategy} does not run on {accelerator}: it runs on "
-            f"{', '.join(entry(config.strategy).accelerators)}. Leave --strategy out."
+            f"{origin} does not run on {accelerator}: it runs on "
+            f"{', '.join(entry(named).accelerators)}. Leave {left_out} out."
         )
-    return config.strategy, "as asked for"
+    return named, why
 
 
 def _usual(machines: Sequence[Machine], accelerator: str) -> tuple[str, str]:

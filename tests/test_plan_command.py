@@ -127,6 +127,11 @@ def test_npus_have_one_strategy(tmp_path):
     assert [row["strategy"] for row in plan["memory"]["rows"]] == ["mindspore"]
     result = ftlaunch(*flags, "--model", model, "model.gradient_checkpointing=true")
     assert_mistake(result, "model.gradient_checkpointing", "mindspore")
+    stage = 'deepspeed.config={"zero_optimization": {"stage": 2}}'
+    ways = ((["--strategy", "zero2"], "--strategy"), ([stage], "deepspeed.config"))
+    for named, left_out in ways:
+        result = ftlaunch(*flags, "--model", model, *named, timeout=60)
+        assert_mistake(result, "does not run on ascend", f"Leave {left_out} out")
 
 
 def test_a_rank_table_of_this_machine_is_not_that_of_others(tmp_path):
