@@ -288,7 +288,7 @@ def _add_shared_flags(
         add("--cluster", choices=("local", "ssh", "slurm", "auto"), help="where the nodes are")
         add("--hostfile", metavar="FILE", help="hosts to use over ssh")
     if several:
-        add("--strategy", metavar="NAME,NAME", help="each of them: ddp,zero2 (default: ddp)")
+        add("--strategy", metavar="NAME,NAME", help="each of them: ddp,zero2 (default: what fits)")
         add("--precision", metavar="NAME,NAME", help="each of them: fp32,bf16 (default: auto)")
     else:
         add("--strategy", metavar="NAME", help="ddp, zero1, zero2 or zero3 (default: what fits)")

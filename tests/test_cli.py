@@ -168,6 +168,13 @@ def test_the_flags_of_bench_are_frozen():
     assert flags == (FLAGS - of_running) | own
 
 
+def test_a_strategy_that_is_left_out_is_what_fits_in_every_help():
+    for words, build in BUILDERS.items():
+        for action in build()._actions:
+            if "--strategy" in action.option_strings:
+                assert "(default: what fits)" in str(action.help), words
+
+
 @pytest.mark.parametrize("build", BUILDERS.values())
 def test_at_most_20_flags_a_command(build):
     assert len([action for action in build()._actions if action.option_strings]) <= 20
