@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,8 @@ def test_the_end_of_the_job_is_in_no_measured_block(tmp_path, monkeypatch):
         world=SimpleNamespace(is_main=True), sum_across_ranks=lambda numbers: None
     )
     in_turn = overhead_rank.InTurn(str(result), blocks=3, steps=4)
-    in_turn.run(strategy, None, None, Cursor(step=0, applied=0), total_steps=total)
+    nothing: Any = None
+    in_turn.run(strategy, nothing, nothing, Cursor(), total_steps=total)
     assert reached == [(4, False), (8, True), (12, True), (16, True), (20, False)]
     assert len(json.loads(result.read_text())["wall"]) == 3
 
