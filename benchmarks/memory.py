@@ -22,7 +22,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,11 @@ import numpy as np
 from benchmarks.report import machine_line, markdown_table
 from ftlaunch.cluster.ports import hold_port
 from ftlaunch.cluster.world import World
+from ftlaunch.launcher.job_memory import with_adapter, without_frozen
 from ftlaunch.strategies.base import Batch, StrategyRequest
 from ftlaunch.strategies.memory.architecture import read_architecture
 from ftlaunch.strategies.memory.estimate import MemoryEstimate, MemoryRequest, estimate
-from ftlaunch.strategies.options import JobOptions, ModelOptions, TrainOptions
+from ftlaunch.strategies.options import JobOptions, LoraOptions, ModelOptions, TrainOptions
 from ftlaunch.strategies.registry import load
 
 RANKS = 2
@@ -69,7 +70,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
     """One job. `head` and `config`: the model; `micro_batches` of a step; ranks from `full_ranks` on get
-    one short row, and are not measured.
+    one short row, and are not measured; `freeze` as model.freeze.
     """
 
     name: str
@@ -84,12 +85,17 @@ class Cell:
     attention: str | None = None
     num_outputs: int = 2
     full_ranks: int = RANKS
+    freeze: tuple[str, ...] = ()
+    lora: LoraOptions = field(default_factory=LoraOptions)
 
     def request(self) -> MemoryRequest:
+        architecture = read_architecture(self.config, head=self.head, num_outputs=self.num_outputs)
+        trainable = without_frozen(architecture, self.freeze)
+        if self.lora.r is not None:
+            architecture, trainable = with_adapter(architecture, self.lora)
         return MemoryRequest(
-            architecture=read_architecture(
-                self.config, head=self.head, num_outputs=self.num_outputs
-            ),
+            architecture=architecture,
+            trainable=trainable,
             strategy=self.strategy,
             precision=self.precision,
             accelerator="cpu",
@@ -180,12 +186,13 @@ def _request(world: World, listen_fd: int | None, cell: Cell, folder: Path) -> S
         random_weights=True,
         gradient_checkpointing=cell.checkpointing,
         attn_implementation=cell.attention,
+        freeze=cell.freeze,
     )
     is_language_model = cell.head in ("causal-lm", "masked-lm")
     outputs = 0 if is_language_model else cell.num_outputs
     return StrategyRequest(
         world=world,
-        options=JobOptions(model=model, train=TrainOptions(learning_rate=1e-5)),
+        options=JobOptions(model=model, train=TrainOptions(learning_rate=1e-5), lora=cell.lora),
         precision=cell.precision,  # type: ignore[arg-type]
         accelerator="cpu",
         device=world.local_rank,

@@ -144,9 +144,9 @@ def _known(config: RunConfig, content: Mapping[str, Any]) -> JobMemory:
         head=_HEADS.get(config.task, config.task),
         num_outputs=_num_outputs(content),
     )
-    is_trained = _without_frozen(architecture, config.model.freeze)
+    is_trained = without_frozen(architecture, config.model.freeze)
     if config.lora.r is not None:
-        architecture, is_trained = _with_adapter(architecture, config.lora)
+        architecture, is_trained = with_adapter(architecture, config.lora)
     family = content.get("model_type")
     return JobMemory(
         architecture=architecture,
@@ -172,7 +172,7 @@ def _with_dropout(content: Mapping[str, Any], dropout: float) -> dict[str, Any]:
     return {**content, **dict.fromkeys([*_DROPOUTS, *names], dropout)}
 
 
-def _without_frozen(
+def without_frozen(
     architecture: Architecture, patterns: tuple[str, ...]
 ) -> Callable[[str], bool] | None:
     """Patterns as `model.freeze` has them; one that matches nothing is told of when the model is there."""
@@ -188,7 +188,7 @@ def _without_frozen(
     )
 
 
-def _with_adapter(
+def with_adapter(
     architecture: Architecture, options: LoraOptions
 ) -> tuple[Architecture, Callable[[str], bool]]:
     """The two matrices of rank r of each linear layer below the head, which alone are trained with it."""

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from ftlaunch.strategies.memory.architecture import Architecture, read_architecture
-from ftlaunch.strategies.memory.estimate import MemoryRequest, estimate, largest_micro_batch
+from ftlaunch.strategies.memory.estimate import (
+    MemoryEstimate,
+    MemoryRequest,
+    estimate,
+    largest_micro_batch,
+)
 
 _GIB = 1 << 30
 
@@ -86,6 +93,56 @@ def test_frozen_parameters_have_weights_only() -> None:
     trained = 768 * 2 + 2
     assert (found.gradients, found.optimizer) == (4 * trained, 8 * trained)
     assert found.weights == 4 * 109_483_778
+
+
+def _without(*prefixes: str) -> Callable[[str], bool]:
+    return lambda name: not name.startswith(prefixes)
+
+
+def test_what_lies_before_the_first_trained_tensor_keeps_nothing() -> None:
+    whole = _request(_bert(), micro_batch=4, length=128)
+    frozen = ["bert.embeddings."]
+    kept = [estimate(replace(whole, trainable=_without(*frozen))).activations]
+    for number in range(12):
+        frozen.append(f"bert.encoder.layer.{number}.")
+        kept.append(estimate(replace(whole, trainable=_without(*frozen))).activations)
+    # Of the embeddings' norm the input of 4 bytes, and a byte of dropout's mask, of 4 · 128 · 768 elements.
+    assert estimate(whole).activations - kept[0] == 5 * 4 * 128 * 768
+    # Each layer as much as any other.
+    steps = {before - after for before, after in pairwise(kept[:-1])}
+    assert len(steps) == 1
+    # The head sees a token of each row: what `output` counts of 768 in and 2 out.
+    assert kept[-1] == 12 * 4 * 2 + 8 * 4 * 768
+
+
+def test_a_frozen_base_has_no_copy_in_bf16() -> None:
+    base = estimate(_request(_bert(), precision="bf16", micro_batch=1, trainable=_without("bert.")))
+    assert base.activations == 12 * 2 + 8 * 768 + 2 * 2 * 768  # that of the head's own weight
+
+    # What a gradient passes on its way needs it, trained or not: all matrices of the last two layers.
+    def norm_of_the_last_but_one(name: str) -> bool:
+        return name == "bert.encoder.layer.10.attention.output.LayerNorm.weight"
+
+    some = _request(_bert(), trainable=norm_of_the_last_but_one)
+    in_fp32 = estimate(some).activations
+    copied = estimate(replace(some, precision="bf16")).activations
+    widths = estimate(replace(some, precision="bf16", strategy="zero2")).activations
+    assert in_fp32 > widths
+    assert copied > 2 * 2 * (4 * 768 * 768 + 2 * 768 * 3072)
+
+
+def test_the_gradient_of_a_frozen_weight_needs_no_place() -> None:
+    # 30,522 · 768 of the embeddings' are the largest; without them a layer's 768 · 3,072.
+    whole, some = (
+        estimate(_request(_bert(), trainable=each)) for each in (None, _without("bert.embeddings."))
+    )
+
+    def end(found: MemoryEstimate) -> int:
+        held = found.weights + found.gradients + found.optimizer + found.framework
+        return found.phases["end of backward"] - held
+
+    assert end(whole) == 4 * 30_522 * 768
+    assert end(some) == 4 * 768 * 3_072
 
 
 def test_the_peak_is_the_most_of_the_phases() -> None:

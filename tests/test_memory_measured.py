@@ -11,6 +11,7 @@ pytest.importorskip("torch")
 
 from benchmarks.memory import Cell, measure_rank, predict
 from ftlaunch.strategies.memory.output import CHUNK_ELEMENTS
+from ftlaunch.strategies.options import LoraOptions
 from ftlaunch.strategies.torch import chunked_loss, model
 from tests.ranks import run_ranks
 
@@ -32,6 +33,8 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+# Of each layer's linear modules, of which there are six.
+_ON_TWO = LoraOptions(r=8, target_modules=("query", "value"))
 
 
 def _cell(name: str, strategy: str, **changes: Any) -> Cell:
@@ -103,6 +106,10 @@ def test_what_has_no_fused_attention_takes_what_was_predicted(
         ("bert", {"checkpointing": True}),
         ("llama", {}),
         ("llama", {"checkpointing": True}),
+        ("bert", {"freeze": ("bert.embeddings", "bert.encoder.layer.[01].*")}),
+        pytest.param("bert", {"freeze": ("base_model",)}, marks=pytest.mark.long),
+        pytest.param("bert", {"lora": _ON_TWO}, marks=pytest.mark.long),
+        pytest.param("bert", {"lora": _ON_TWO, "precision": "bf16"}, marks=pytest.mark.long),
     ],
     ids=str,
 )

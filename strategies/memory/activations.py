@@ -52,6 +52,9 @@ class Activations:
     boundary         what a layer hands on: all that gradient checkpointing keeps of it
     ends             kept outside of the layers: embeddings, masks, the last norm
     behind           of these, what is free once the backward pass has reached the last layer
+    front            of these, what is kept for the weights of the embeddings alone
+    mlp_inputs       of both halves, what the gradients of the MLP's matrices alone read
+    norm_inputs      the same of the norms' weights
     """
 
     attention: int
@@ -61,6 +64,9 @@ class Activations:
     boundary: int
     ends: int
     behind: int = 0
+    front: int = 0
+    mlp_inputs: int = 0
+    norm_inputs: int = 0
 
     @property
     def layer(self) -> int:
@@ -85,6 +91,9 @@ def activations(architecture: Architecture, setting: Setting) -> Activations:
         boundary=found.boundary,
         ends=2 * found.ends,
         behind=found.behind,
+        front=found.front,
+        mlp_inputs=found.mlp_inputs,
+        norm_inputs=found.norm_inputs,
     )
 
 
@@ -126,6 +135,14 @@ def _mlp(a: Architecture, s: Setting) -> tuple[int, int]:
     return (1 if a.activation == "relu" else 2) * inner, inner
 
 
+def _mlp_inputs(a: Architecture, s: Setting) -> int:
+    """Of the first product and of the last. relu keeps what it gives, whoever else reads it."""
+    if a.num_experts:
+        return 0
+    inner = 0 if a.activation == "relu" else a.intermediate_size
+    return s.tokens * (a.hidden_size + inner) * s.width
+
+
 def _bert(a: Architecture, s: Setting) -> Activations:
     """Norms behind the residuals: their inputs are kept, and their outputs by the next products."""
     hidden = s.tokens * a.hidden_size
@@ -145,6 +162,8 @@ def _bert(a: Architecture, s: Setting) -> Activations:
         mlp_work=mlp_work,
         boundary=hidden * s.residual,
         ends=2 * hidden * s.residual + noise,
+        front=hidden * s.residual + noise,
+        mlp_inputs=_mlp_inputs(a, s),
     )
 
 
@@ -165,6 +184,8 @@ def _before_norm(a: Architecture, s: Setting) -> Activations:
         boundary=hidden * s.residual,
         ends=2 * hidden * s.residual + noise,
         behind=hidden * s.residual,
+        front=hidden * s.residual + noise,
+        mlp_inputs=_mlp_inputs(a, s),
     )
 
 
@@ -189,4 +210,6 @@ def _llama(a: Architecture, s: Setting) -> Activations:
         boundary=hidden * s.residual,
         ends=hidden * s.residual + norm,
         behind=hidden * s.residual + norm,
+        mlp_inputs=_mlp_inputs(a, s),
+        norm_inputs=(4 if four else 2) * hidden * s.width,
     )

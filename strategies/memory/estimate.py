@@ -6,11 +6,11 @@ allocator hands out. What is not known here is an upper bound and says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ftlaunch.strategies.memory.activations import Activations, Setting, activations
-from ftlaunch.strategies.memory.architecture import Architecture
+from ftlaunch.strategies.memory.architecture import Architecture, TensorSpec
 from ftlaunch.strategies.memory.buckets import BROADCAST_BYTES, ZeroBuffers, zero_traffic
 from ftlaunch.strategies.memory.output import Output, output
 from ftlaunch.strategies.memory.states import STRATEGIES, States, count_trainable, states
@@ -87,13 +87,15 @@ class _Parts:
     held       by every phase: weights, masters, moments
     kept       by autograd at the end of the forward pass
     left       of it when the backward pass is widest, with what it computes there
+    passing    in a layer that keeps nothing, before anything is kept
     casts      of weights to the dtype of products, until the window's end
-    largest    the gradient of the largest weight
+    largest    the gradient of the largest weight that is trained
     """
 
     held: int
     kept: int
     left: int
+    passing: int
     casts: int
     largest: int
     output: Output
@@ -104,6 +106,7 @@ def estimate(request: MemoryRequest) -> MemoryEstimate:
     _check(request)
     architecture = request.architecture
     trained, total = count_trainable(architecture, request.trainable)
+    trained_tensors = [t for t in architecture.tensors if _trains(request, t)]
     held = states(
         strategy=request.strategy,
         offload=request.offload,
@@ -114,7 +117,8 @@ def estimate(request: MemoryRequest) -> MemoryEstimate:
     )
     setting = _setting(request)
     found = activations(architecture, setting)
-    kept, work = _kept_and_work(request, found)
+    first = _first_trained(request)
+    kept, less, work = _kept_and_work(request, found, first)
     head = output(
         architecture,
         rows=request.micro_batch,
@@ -126,14 +130,13 @@ def estimate(request: MemoryRequest) -> MemoryEstimate:
         and architecture.known
         and not architecture.caps_logits,
     )
-    is_autocast = request.strategy == "ddp" and request.precision != "fp32"
     parts = _Parts(
         held=held.weights + held.masters + held.optimizer,
         kept=kept + head.kept,
-        # Where the last layer is; the gradient of what it gives is as wide as a boundary.
-        left=kept - found.behind + found.boundary + work,
-        casts=2 * _in_products(architecture) if is_autocast else 0,
-        largest=max(t.num_elements for t in architecture.tensors) * held.gradient_width,
+        left=kept - less + work,
+        passing=_passing(request, found) if first > 0 else 0,
+        casts=_cast(request, trained_tensors),
+        largest=max((t.num_elements for t in trained_tensors), default=0) * held.gradient_width,
         output=head,
     )
     if request.strategy in ("zero1", "zero2", "zero3"):
@@ -228,24 +231,100 @@ def _is_trained(request: MemoryRequest, architecture: Architecture) -> bool:
     return bool(last) and trainable(last[-1])
 
 
-def _in_products(architecture: Architecture) -> int:
-    """Elements of the weights that are cast for products: matrices, but no embeddings that are not tied."""
-    tied = set(architecture.tied.values())
-    return sum(
+def _trains(request: MemoryRequest, tensor: TensorSpec) -> bool:
+    return request.trainable is None or request.trainable(tensor.name)
+
+
+def _first_trained(request: MemoryRequest) -> int:
+    """What the backward pass reaches last: a layer, by its number, -1 for the embeddings, one more than the
+    last layer's for what the base has behind them, two for a head alone.
+
+    What lies before it keeps nothing. A bound where that is not known: of an unknown family, of MindSpore.
+    """
+    architecture = request.architecture
+    if request.trainable is None or not architecture.known or request.strategy == "mindspore":
+        return -1
+    prefix = architecture.layer_prefix
+    base = f"{prefix.partition('.')[0]}."
+    # DeBERTa's layers read embeddings of its encoder's, too, which comes behind them in the modules' order.
+    encoder = prefix.removesuffix("layer.")
+    first = architecture.num_layers + 1
+    place = -1
+    for tensor in architecture.tensors:
+        name = tensor.name
+        if name.startswith(prefix):
+            place = int(name[len(prefix) :].partition(".")[0])
+        elif place >= 0:
+            place = architecture.num_layers + (not name.startswith(base))
+        is_shared = encoder != prefix and name.startswith(encoder) and not name.startswith(prefix)
+        if request.trainable(name):
+            first = min(first, -1 if is_shared else place)
+    return first
+
+
+def _cast(request: MemoryRequest, tensors: Iterable[TensorSpec]) -> int:
+    """Bytes of weights that are cast for products: matrices, but no embeddings that are not tied."""
+    if request.strategy != "ddp" or request.precision == "fp32":
+        return 0
+    tied = set(request.architecture.tied.values())
+    return 2 * sum(
         t.num_elements
-        for t in architecture.tensors
+        for t in tensors
         if len(t.shape) > 1 and ("embed" not in t.name or t.name in tied)
     )
 
 
-def _kept_and_work(request: MemoryRequest, found: Activations) -> tuple[int, int]:
-    """(kept at the end of the forward pass, the most that the backward pass has beside it)."""
+def _kept_and_work(request: MemoryRequest, found: Activations, first: int) -> tuple[int, int, int]:
+    """(kept at the end of the forward pass, how much less where the backward pass is widest, the most that
+    the backward pass has beside it). `first`: `_first_trained`.
+    """
     layers = request.architecture.num_layers
+    if first >= layers:
+        kept = found.behind if first == layers else 0
+        given = layers * found.boundary if request.gradient_checkpointing else 0
+        return kept + given, kept, 0
+    ends = found.ends - (found.front if first >= 0 else 0)
+    passed = layers - max(0, first)
+    # A product with a frozen weight keeps that, in the dtype of products.
+    casts = _cast(request, (t for t in _of_layers(request, first) if not _trains(request, t)))
+    layer = found.layer - _not_read(request, found, first)
     # The half that is first in the backward pass is the MLP; its part is free when attention's begins.
     work = max(found.mlp_work, found.attention_work - found.mlp)
+    # The gradient of what the last layer gives is as wide as a boundary.
+    less = found.behind - found.boundary
     if request.gradient_checkpointing:
-        return layers * found.boundary + found.ends, found.layer + work
-    return layers * found.layer + found.ends, work
+        # It keeps what a layer is given, whether a gradient passes or not.
+        return layers * found.boundary + ends, less, layer + casts // passed + work
+    return passed * layer + casts + ends, less, work
+
+
+def _passing(request: MemoryRequest, found: Activations) -> int:
+    """The most that a layer has at a time whose results nobody keeps."""
+    mlp = found.mlp
+    if request.architecture.gated_mlp:
+        mlp -= found.mlp_work // 2  # the gate is free once its activation is there
+    return max(found.attention + found.attention_work, mlp) + found.boundary
+
+
+def _of_layers(request: MemoryRequest, first: int) -> Iterator[TensorSpec]:
+    """What the layers from `first` on have."""
+    prefix = request.architecture.layer_prefix
+    for tensor in request.architecture.tensors:
+        place, _, rest = tensor.name.partition(prefix)
+        if not place and rest and int(rest.partition(".")[0]) >= first:
+            yield tensor
+
+
+def _not_read(request: MemoryRequest, found: Activations, first: int) -> int:
+    """What a layer need not keep, since no gradient is taken that would read it. 0 is a bound."""
+    inner = request.architecture.intermediate_size
+    trained = [t for t in _of_layers(request, first) if _trains(request, t)]
+    saved = 0
+    if not any(inner in t.shape for t in trained):
+        saved += found.mlp_inputs
+    if all(len(t.shape) > 1 for t in trained):
+        saved += found.norm_inputs
+    return saved
 
 
 def _data_parallel_phases(
@@ -257,7 +336,8 @@ def _data_parallel_phases(
     # A rank that is alone drops its gradients after each step; DDP keeps them in its buckets.
     before = 0 if alone and not request.accumulates else gradients
     base = parts.held + parts.casts
-    forward = base + before + parts.kept + parts.output.weight + parts.output.work
+    loss = parts.kept + parts.output.weight + parts.output.work
+    forward = base + before + max(parts.passing, loss)
     backward = base + before + parts.left + parts.output.weight
     # The embeddings are last; the head's gradient of a shared weight waits for theirs.
     end = base + gradients + parts.output.weight + parts.largest
@@ -295,7 +375,7 @@ def _zero_phases(
     base = parts.held + gradients + (traffic.bucket if stage == 3 else 0)
     bucket = traffic.bucket if stage < 3 else 0
     weight = parts.output.weight
-    whole = base + traffic.gathered + parts.kept
+    whole = base + traffic.gathered
     loss = weight + parts.output.work
     left = round(parts.kept * (1 - traffic.filled))
     exchange = base + min(traffic.gathered, parts.largest) + left + weight
@@ -306,8 +386,8 @@ def _zero_phases(
     if stage == 1 and not request.accumulates:
         optimizer += held.gradients
     phases = {
-        "forward": whole + max(traffic.fetched, loss),
-        "backward": whole - parts.kept + parts.left + weight + bucket,
+        "forward": whole + max(parts.passing, parts.kept + max(traffic.fetched, loss)),
+        "backward": whole + parts.left + weight + bucket,
         "exchange": exchange,
         "optimizer": optimizer,
     }
