@@ -29,8 +29,14 @@ class Way:
 
     strategy: str
     precision: str = "fp32"
-    offload: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
     checkpointing: bool = False
+
+    @property
+    def offload(self) -> bool:
+        """Whether anything is kept in the host's memory."""
+        return self.offload_optimizer or self.offload_parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +134,8 @@ def _request(way: Way, work: Work) -> MemoryRequest:
     return MemoryRequest(
         architecture=architecture,
         strategy=way.strategy,
-        offload=way.offload,
+        offload_optimizer=way.offload_optimizer,
+        offload_parameters=way.offload_parameters,
         accelerator=work.accelerator,
         precision=way.precision,
         world_size=work.world_size,

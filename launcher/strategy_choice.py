@@ -209,7 +209,9 @@ class _Chooser:
         offloads = self._offloads()
         if offloads is not None:
             # The user's own word: the strategies that have it, have it.
-            plainly = [replace(way, offload=way.strategy in offloads) for way in plainly]
+            plainly = [
+                _offloading(way, *offloads.get(way.strategy, (False, False))) for way in plainly
+            ]
         more = []
         if later:
             more += [replace(way, checkpointing=True) for way in plainly if _can_recompute(way)]
@@ -222,26 +224,26 @@ class _Chooser:
                 more += [replace(way, checkpointing=True) for way in far]
         return plainly, more
 
-    def _offloads(self) -> tuple[str, ...] | None:
-        """The strategies that offload by the user's word; None: nothing was said of it."""
+    def _offloads(self) -> dict[str, tuple[bool, bool]] | None:
+        """Strategy → whether the user has its optimizer state and its weights offloaded; None: nothing was
+        said of it.
+        """
         options = self._config.deepspeed
         if options.offload is None and options.config is None:
             return None
-        return tuple(
-            f"zero{stage}" for stage in (1, 2, 3) if "cpu" in offload_devices(options, stage)
-        )
+        found = {}
+        for stage in (1, 2, 3):
+            optimizer, parameters = offload_devices(options, stage)
+            found[f"zero{stage}"] = (optimizer == "cpu", parameters == "cpu" and stage == 3)
+        return found
 
     def _way(self, strategy: str, *, offload: bool, checkpointing: bool) -> Way:
         precision, _ = choose_precision(
             self._config, self._machines, self._layout.accelerator, strategy
         )
         can = strategy != "mindspore"
-        return Way(
-            strategy=strategy,
-            precision=precision,
-            offload=offload,
-            checkpointing=checkpointing and can,
-        )
+        way = Way(strategy=strategy, precision=precision, checkpointing=checkpointing and can)
+        return _offloading(way, offload, offload and strategy == "zero3")
 
     def _runs(self, strategy: str) -> bool:
         """Whether it is for this accelerator, in the precision that was asked for, and for this task."""
@@ -267,8 +269,8 @@ class _Chooser:
 
     def _may_be_chosen(self, row: MemoryRow) -> bool:
         if self._asked is not None:
-            named = self._offloads() or ()
-            return row.strategy == self._asked and row.offload == (row.strategy in named)
+            named = (self._offloads() or {}).get(row.strategy, ())
+            return row.strategy == self._asked and row.offload == any(named)
         if not self._room.usable or self._is_bound_to_usual:
             return row.strategy == self._usual
         return row.strategy == self._usual or not row.remark
@@ -395,6 +397,10 @@ def _passed_over(rows: Sequence[MemoryRow], usable: int) -> str:
 
 def _can_recompute(way: Way) -> bool:
     return way.strategy != "mindspore"
+
+
+def _offloading(way: Way, optimizer: bool, parameters: bool) -> Way:
+    return replace(way, offload_optimizer=optimizer, offload_parameters=parameters)
 
 
 def _work(config: RunConfig, layout: Layout, memory: JobMemory) -> Work:

@@ -78,11 +78,30 @@ def test_zero3_divides_everything_by_the_ranks() -> None:
 
 def test_offload_moves_states_to_the_host() -> None:
     here = _request(_llama_70b(), strategy="zero3", precision="bf16", world_size=16)
-    there = estimate(replace(here, offload=True))
+    there = estimate(replace(here, offload_optimizer=True, offload_parameters=True))
     mine = 70_553_706_496 // 16
     assert there.optimizer == there.masters == there.weights == 0
     assert there.host >= (2 + 4 + 8) * mine
     assert there.peak < estimate(here).peak
+
+
+def test_each_of_the_two_can_be_offloaded_alone() -> None:
+    here = _request(_llama_70b(), strategy="zero3", precision="bf16", world_size=16)
+    mine = 70_553_706_496 // 16
+    # Masters of 4 bytes, moments of 8 and gradients in fp32 are the host's; bf16 weights stay.
+    optimizer = estimate(replace(here, offload_optimizer=True))
+    assert optimizer.weights == 2 * mine
+    assert optimizer.masters == optimizer.optimizer == optimizer.gradients == 0
+    assert optimizer.host == (4 + 8 + 4) * mine
+    # The other way round.
+    parameters = estimate(replace(here, offload_parameters=True))
+    assert parameters.weights == 0
+    assert (parameters.masters, parameters.optimizer) == (4 * mine, 8 * mine)
+    assert parameters.gradients == 2 * mine
+    assert parameters.host == 2 * mine
+    # Only stage 3 has weights in parts, to keep them elsewhere.
+    second = replace(here, strategy="zero2")
+    assert estimate(replace(second, offload_parameters=True)) == estimate(second)
 
 
 def test_frozen_parameters_have_weights_only() -> None:

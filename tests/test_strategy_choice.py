@@ -132,6 +132,20 @@ def test_offload_comes_last(plan):
     assert made.memory.chosen.host > 12 * made.memory.num_parameters / 8
 
 
+@pytest.mark.parametrize("what", ["optimizer", "param"])
+def test_a_deepspeed_file_offloads_one_of_the_two(plan, tmp_path, what):
+    place = {f"offload_{what}": {"device": "cpu"}}
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, **place}}))
+    made = plan(LLAMA_1B, A_LOT, f"deepspeed.config={file}")
+    row = made.memory.chosen
+    mine = -(-made.memory.num_parameters // 8)
+    assert (made.strategy, made.precision, row.offload) == ("zero3", "bf16", True)
+    assert row.weights == (2 * mine if what == "optimizer" else 0)
+    assert row.masters == (4 * mine if what == "param" else 0)
+    assert row.host == (16 * mine if what == "optimizer" else 2 * mine)
+
+
 def test_offload_needs_the_hosts_memory(plan):
     row = all_ways(plan)["zero3 + offload"]
     room = enough_for(row)

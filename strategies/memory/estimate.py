@@ -41,7 +41,8 @@ class MemoryRequest:
     micro_batch: int
     length: int
     accelerator: str = "cuda"
-    offload: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
     accumulates: bool = False
     gradient_checkpointing: bool = False
     attention: str | None = None
@@ -109,7 +110,8 @@ def estimate(request: MemoryRequest) -> MemoryEstimate:
     trained_tensors = [t for t in architecture.tensors if _trains(request, t)]
     held = states(
         strategy=request.strategy,
-        offload=request.offload,
+        offload_optimizer=request.offload_optimizer,
+        offload_parameters=request.offload_parameters,
         precision=request.precision,
         world_size=request.world_size,
         num_parameters=total,

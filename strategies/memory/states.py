@@ -58,7 +58,8 @@ def part(num_elements: int, world_size: int) -> int:
 def states(
     *,
     strategy: str,
-    offload: bool,
+    offload_optimizer: bool,
+    offload_parameters: bool,
     precision: str,
     world_size: int,
     num_parameters: int,
@@ -70,6 +71,9 @@ def states(
     zero1, zero2     weights whole and gradients in the dtype that computes, the rest of it in fp32 and W
                      parts; gradients of zero1 are whole until they have been averaged
     zero3            the weights, too. Its optimizer steps some of the parameters at a time, zero2's all
+
+    offload_optimizer    masters, moments and averaged gradients are the host's
+    offload_parameters   the weights are, which only zero3 can
     """
     width = _FP32 if precision == "fp32" else 2
     if strategy in ("ddp", "mindspore"):
@@ -85,27 +89,26 @@ def states(
     masters = _FP32 * mine
     optimizer = _MOMENTS * mine
     gradients = width * (num_trainable if strategy == "zero1" else mine)
-    if not offload:
+    host = 0
+    if offload_parameters and strategy == "zero3":
+        host += weights
+        weights = 0
+    if not offload_optimizer:
         at_once = min(mine, _SUB_GROUP) if strategy == "zero3" else mine
         return States(
             weights=weights,
             masters=masters,
             gradients=gradients,
             optimizer=optimizer,
-            host=0,
+            host=host,
             stepping=(width + _FP32) * at_once,
             gradient_width=width,
         )
-    host = masters + optimizer + _FP32 * mine
-    kept = width * num_trainable if strategy == "zero1" else 0
-    if strategy == "zero3":
-        host += weights
-        weights = 0
     return States(
         weights=weights,
         masters=0,
-        gradients=kept,
+        gradients=width * num_trainable if strategy == "zero1" else 0,
         optimizer=0,
-        host=host,
+        host=host + masters + optimizer + _FP32 * mine,
         gradient_width=width,
     )
