@@ -17,6 +17,7 @@ from typing import Any
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.launcher.config import RunConfig
 from ftlaunch.strategies.data.task_names import check_task
+from ftlaunch.strategies.memory import encoders
 from ftlaunch.strategies.memory.architecture import Architecture, TensorSpec, read_architecture
 from ftlaunch.strategies.memory.settings import MAX_SIZE
 from ftlaunch.strategies.model_config import (
@@ -25,6 +26,7 @@ from ftlaunch.strategies.model_config import (
     labels_of,
     looks_local,
     max_length_of,
+    reads_both_ways,
 )
 from ftlaunch.strategies.options import LoraOptions, ModelOptions
 
@@ -66,7 +68,9 @@ class JobMemory:
 
 
 def read_job_memory(config: RunConfig) -> JobMemory:
-    """UserError for rows longer than the model takes; any other trouble with config.json is `why_not`."""
+    """UserError for rows longer than the model takes, and for an encoder that is to learn causal-lm; any
+    other trouble with config.json is `why_not`.
+    """
     check_task(config.task)
     if config.is_demo:
         from ftlaunch.strategies.data.demo import demo_model_config
@@ -78,10 +82,21 @@ def read_job_memory(config: RunConfig) -> JobMemory:
         return JobMemory(architecture=None, why_not=str(error))
     # Before anything else is asked of the file: whatever family it is, this cannot run.
     check_max_length(config.data.max_length, max_length_of(content))
+    _check_reads_forward(config, content)
     try:
         return _known(config, content)
     except UserError as error:
         return JobMemory(architecture=None, why_not=str(error))
+
+
+def _check_reads_forward(config: RunConfig, content: Mapping[str, Any]) -> None:
+    """UserError for what the ranks would refuse when they load the model."""
+    family = content.get("model_type")
+    own_code = config.model.trust_remote_code and "auto_map" in content
+    if config.task != "causal-lm" or own_code or content.get("is_decoder"):
+        return
+    if isinstance(family, str) and family in encoders.FAMILIES:
+        raise reads_both_ways(config.model, family)
 
 
 def read_config_json(options: ModelOptions) -> dict[str, Any]:

@@ -68,6 +68,7 @@ class MemoryTable:
     usable     what of them is counted on
     why_not    why nothing is estimated; empty where it is
     is_bound   the family is not known: the numbers are upper bounds
+    lacks_head the task, where the family is known, but not with a head for it; else empty
     length     tokens of the longest row
     warnings   sentences for the user
     """
@@ -82,6 +83,7 @@ class MemoryTable:
     why_not: str = ""
     rows: tuple[MemoryRow, ...] = ()
     warnings: tuple[str, ...] = ()
+    lacks_head: str = ""
 
     @property
     def chosen(self) -> MemoryRow | None:
@@ -143,7 +145,11 @@ def table_lines(table: MemoryTable) -> list[str]:
 
 
 def _bound_note(table: MemoryTable) -> str:
-    return f"; a bound: the family {table.family!r} is not known" if table.is_bound else ""
+    if not table.is_bound:
+        return ""
+    if table.lacks_head:
+        return f"; a bound: {table.family!r} is not known here with a head for {table.lacks_head}"
+    return f"; a bound: the family {table.family!r} is not known"
 
 
 def _cells(row: MemoryRow, *, known: bool) -> list[str]:

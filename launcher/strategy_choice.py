@@ -184,6 +184,7 @@ class _Chooser:
             num_trained=self._num_trained(),
             family=self._architecture.family,
             is_bound=not self._architecture.known,
+            lacks_head=self._config.task if self._architecture.lacks_head else "",
             length=self._memory.length,
             rows=tuple(replace(row, chosen=row is chosen) for row in rows),
             warnings=self._warnings(chosen, rows, ways, num_machines),

@@ -84,6 +84,15 @@ def check_model_folder(options: ModelOptions, *, or_adapter: bool = False) -> No
         )
 
 
+def reads_both_ways(options: ModelOptions, family: str) -> UserError:
+    """What to answer where a language model is to predict tokens that its attention sees."""
+    return UserError(
+        f"{options.name_or_path} is a {family!r} model, which reads in both directions: it "
+        "would see the tokens that it is to predict. Choose a model that reads from left to right, "
+        "such as Qwen2, Llama or GPT-2, for the task causal-lm."
+    )
+
+
 def family_of(options: ModelOptions) -> str | None:
     """What config.json of a local model calls its architecture, if its code is the library's own; never
     asks the hub.

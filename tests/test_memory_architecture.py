@@ -15,8 +15,12 @@ from transformers import (  # noqa: E402
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto.modeling_auto import (  # noqa: E402
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from ftlaunch.cluster.errors import UserError  # noqa: E402
+from ftlaunch.strategies.memory import encoders  # noqa: E402
 from ftlaunch.strategies.memory.architecture import read_architecture  # noqa: E402
 
 MODELS = {
@@ -227,3 +231,8 @@ def test_a_model_of_text_and_pictures_is_bound_by_its_text() -> None:
     text = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 10}
     found = read_architecture({"model_type": "new", "text_config": text}, head="causal-lm")
     assert (found.known, found.hidden_size, found.num_layers) == (False, 64, 2)
+
+
+def test_encoders_are_what_the_ranks_refuse_for_causal_lm() -> None:
+    """A plan refuses them as well, without transformers."""
+    assert set(encoders.FAMILIES) <= set(MODEL_FOR_MASKED_LM_MAPPING_NAMES)

@@ -230,6 +230,10 @@ def test_what_cannot_be_planned_is_said(llama, tmp_path):
         ),
         (["--hardware", "T4-16GB", "--model", tmp_path], ["config.json cannot be read"]),
         (
+            ["--hardware", "T4-16GB", "--model", bert, "--task", "causal-lm"],
+            ["is a 'bert' model, which reads in both directions"],
+        ),
+        (
             ["--model", "someone/some-model"],
             ["'someone/some-model' is not in the hub's cache", "Pass the path of a config.json"],
         ),

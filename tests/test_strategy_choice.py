@@ -16,6 +16,7 @@ from ftlaunch.launcher.job_memory import JobMemory, read_job_memory
 from ftlaunch.launcher.memory_table import MemoryRow
 from ftlaunch.launcher.plan import LaunchPlan, make_plan
 from ftlaunch.launcher.site import find_site
+from ftlaunch.strategies.memory import encoders
 from tests.model_configs import BERT_BASE, LLAMA_1B, LLAMA_70B, PARAMETERS_70B, write_json
 
 # Of an accelerator so much is counted on.
@@ -271,6 +272,23 @@ def test_an_unknown_family_gives_a_bound_that_is_marked(plan):
     assert "the family 'zebra' is not known" in text
     assert "every number is an upper bound" in text
     assert why(made, "memory").startswith("at most ")
+
+
+def test_a_known_family_without_the_head_is_not_called_unknown(plan):
+    made = plan(LLAMA_1B, A_LOT, task="masked-lm")
+    assert made.memory.is_bound
+    note = "a bound: 'llama' is not known here with a head for masked-lm"
+    assert note in why(made, "memory")
+    assert f"{note}: every number is an upper bound" in made.memory_lines()
+
+
+def test_an_encoder_that_is_to_predict_what_it_sees_is_refused(plan):
+    """As the ranks would refuse it; one that is told to be a decoder reads from left to right."""
+    for family in encoders.FAMILIES:
+        with pytest.raises(UserError, match=f"'{family}' model, which reads in both directions"):
+            plan({**BERT_BASE, "model_type": family})
+    made = plan({**BERT_BASE, "is_decoder": True})
+    assert "'bert' is not known here with a head for causal-lm" in why(made, "memory")
 
 
 def test_a_bound_refuses_nothing(plan):

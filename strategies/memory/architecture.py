@@ -5,7 +5,7 @@ depend on. Neither weights nor a framework are needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ class Architecture:
     """A model with its head.
 
     known          False: of a family that is not known here, every number is an upper bound
+    lacks_head     the family is known, but not with this head: a bound as well
     tensors        its parameters, each once, in the order of the modules
     tied           names of weights that are another tensor → that tensor's name
     layer_prefix   what the names of a layer's tensors begin with, before its number
@@ -69,6 +70,7 @@ class Architecture:
     experts_per_token: int = 0
     position_products: int = 0
     caps_logits: bool = False
+    lacks_head: bool = False
 
     @property
     def num_parameters(self) -> int:
@@ -104,4 +106,7 @@ def read_architecture(
     }
     maker = makers.get(family or "")
     made = maker(settings, family or "", head, num_outputs) if maker else None
-    return made or unknown.make(settings, family or "unknown", head, num_outputs)
+    if made is not None:
+        return made
+    bound = unknown.make(settings, family or "unknown", head, num_outputs)
+    return replace(bound, lacks_head=maker is not None)

@@ -19,9 +19,9 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.adapter import adapter_folder, base_options
 from ftlaunch.strategies.base import StrategyRequest
+from ftlaunch.strategies.model_config import reads_both_ways
 from ftlaunch.strategies.options import ModelOptions
 from ftlaunch.strategies.pretrained import (
     be_quiet,
@@ -92,13 +92,9 @@ def _forgo_cache(model: Any) -> None:
 
 def _check_reads_forward(config: Any, options: ModelOptions) -> None:
     """UserError for a model whose attention sees the very tokens that it would have to predict."""
-    reads_both_ways = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if reads_both_ways and not getattr(config, "is_decoder", False):
-        raise UserError(
-            f"{options.name_or_path} is a {config.model_type!r} model, which reads in both directions: it "
-            "would see the tokens that it is to predict. Choose a model that reads from left to right, "
-            "such as Qwen2, Llama or GPT-2, for the task causal-lm."
-        )
+    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if is_encoder and not getattr(config, "is_decoder", False):
+        raise reads_both_ways(options, config.model_type)
 
 
 def _pretrained_model(
