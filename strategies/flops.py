@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 # A product of a matrix of n elements with a vector: n multiplications and n additions.
 _PER_ELEMENT = 2
-_LAYER = re.compile(r"\.(\d+)\.")
+# ALBERT has groups of layers, each with one set of weights for several layers of the model.
+_LAYER = re.compile(r"\.(\d+)\.(?:albert_layers\.(\d+)\.)?")
+_SHARED = ".albert_layer_groups."
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads")
 _WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim")
@@ -50,8 +52,8 @@ class Shape:
 
 def read_shape(config: Mapping[str, Any]) -> Shape | None:
     """Of a model's config.json; None where it has no names that are known, or nonsense behind them."""
-    inner = config.get("text_config")
-    config = {**config, **inner} if isinstance(inner, dict) else config
+    text = config.get("text_config")
+    config = {**config, **text} if isinstance(text, dict) else config
     layers, width = _count(config, _LAYER_KEYS), _count(config, _WIDTH_KEYS)
     heads, head_size = _count(config, _HEAD_KEYS), _count(config, ("head_dim",))
     if layers is None or width is None:
@@ -60,7 +62,8 @@ def read_shape(config: Mapping[str, Any]) -> Shape | None:
         width = heads * head_size
     experts, active = _count(config, _EXPERT_KEYS), _count(config, ("num_experts_per_tok",))
     share = min(1.0, active / experts) if experts and active else None
-    return Shape(num_layers=layers, width=width, expert_share=share)
+    inner = _count(config, ("inner_group_num",)) or 1
+    return Shape(num_layers=layers * inner, width=width, expert_share=share)
 
 
 def _count(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
@@ -93,10 +96,10 @@ def step_flops(
 
     That is 6 N + 12 · layers · hidden · length for a token where everything is trained, as in Chowdhery and
     others, "PaLM", 2022, appendix B. As there, embeddings and norms' sums cost nothing, and causal
-    attention counts whole. A language model's output layer is multiplied with the tokens that are learned
-    only. What the machine does beyond that is not counted: padding, and the second forward pass of
-    gradient checkpointing. So what is divided by the device's peak is the *model's* utilisation (MFU),
-    not the hardware's (HFU).
+    attention counts whole. Weights that several layers share count in each of them. A language model's
+    output layer is multiplied with the tokens that are learned only. What the machine does beyond that is
+    not counted: padding, and the second forward pass of gradient checkpointing. So what is divided by the
+    device's peak is the *model's* utilisation (MFU), not the hardware's (HFU).
 
     lengths              tokens of each sample, without padding
     num_learned_tokens   of them with a label; used where there is a weight of kind "head"
@@ -105,6 +108,12 @@ def step_flops(
     if not trained:
         return 0.0
     first = trained[0]
+    shared = [place for place, weight in enumerate(weights) if _SHARED in weight.name]
+    sets = {_layer_of(weights[place].name) for place in shared}
+    times = shape.num_layers / len(sets) if sets else 1.0
+    if first in shared:
+        # Gradients pass what stands before it, too: on their way to the layer before.
+        first = shared[0]
     num_tokens = sum(lengths)
     total = 0.0
     passed_layers = set()
@@ -114,20 +123,21 @@ def step_flops(
         if weight.kind == "embedding":
             continue
         # A tied head has the embedding's place, and stands behind everything all the same.
-        is_passed = weight.kind == "head" or place > first or weight.trained
+        is_passed = weight.kind == "head" or place >= first
         passes = 1 + is_passed + weight.trained
         tokens = num_learned_tokens if weight.kind == "head" else num_tokens
         share = (shape.expert_share or 1.0) if _EXPERTS in weight.name else 1.0
+        share *= times if _SHARED in weight.name else 1.0
         total += passes * _PER_ELEMENT * weight.size * share * tokens
     squares = sum(length * length for length in lengths)
-    backward = min(shape.num_layers, len(passed_layers))
+    backward = min(shape.num_layers, len(passed_layers) * times)
     total += 4.0 * shape.width * squares * (shape.num_layers + 2 * backward)
     return total
 
 
-def _layer_of(name: str) -> int | None:
+def _layer_of(name: str) -> tuple[str | None, ...] | None:
     found = _LAYER.search(name)
-    return int(found[1]) if found else None
+    return found.groups() if found else None
 
 
 def utilisation(flops: float, seconds: float, peaks: Sequence[float]) -> float | None:

@@ -93,6 +93,43 @@ def test_a_frozen_head_that_is_tied_to_the_embedding():
     assert difference in (0, positions, ROWS * positions)
 
 
+ALBERT = {
+    **{"model_type": "albert", "vocab_size": 120, "embedding_size": 16, "hidden_size": 32},
+    **{"num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 48},
+}
+SHARED = "albert.encoder.albert_layer_groups"
+
+
+def make_albert():
+    config = AutoConfig.for_model(**ALBERT)
+    config._attn_implementation = "eager"
+    return AutoModelForSequenceClassification.from_config(config).train(), read_shape(ALBERT)
+
+
+def test_layers_that_share_their_weights():
+    """ALBERT's: one set for twelve layers. Vectors, pooler and classifier as in `test_a_classifier`."""
+    model, shape = make_albert()
+    found = step_flops(model_weights(model), shape, [LENGTH] * ROWS, 0)
+    vectors = 6 * ROWS * LENGTH * (size(model, axes=1) + 11 * size(model, axes=1, ending=SHARED))
+    once_a_row = size(model, axes=2, ending="albert.pooler") + size(model, axes=2, ending="class")
+    assert found - vectors - 6 * once_a_row * (ROWS * LENGTH - ROWS) == counted(model)
+
+
+def test_a_shared_weight_that_alone_is_trained():
+    """Eleven times a gradient goes on to the layer before, by all that stands there."""
+    model, shape = make_albert()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.endswith("attention.key.weight")
+    found = step_flops(model_weights(model), shape, [LENGTH] * ROWS, 0)
+    all_shared = sum(size(model, axes=axes, ending=SHARED) for axes in (1, 2))
+    first = sum(size(model, axes=axes, ending="albert.encoder.embed") for axes in (1, 2))
+    first += size(model, axes=1, ending="albert.embeddings")
+    last = sum(size(model, axes=axes, ending=e) for axes in (1, 2) for e in ("albert.p", "class"))
+    # The key's matrix of 32 times 32 has a gradient of its own in all twelve layers.
+    for_a_token = 2 * first + 4 * 12 * all_shared + 2 * 12 * 32 * 32 + 4 * last
+    assert found == ROWS * LENGTH * for_a_token + 12 * 32 * 12 * ROWS * LENGTH**2
+
+
 def test_experts():
     """Two of four for each token."""
     experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
