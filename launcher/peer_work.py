@@ -98,6 +98,14 @@ def make_peer_work(
     rows = rows_at_once(
         max(int(each.max()) for each in lengths), plan.micro_batch, tokens_that_fit(plan)
     )
+    runs_a_step = -(-plan.global_batch_size // (plan.world_size * rows)) * plan.world_size
+    if plan.global_batch_size < runs_a_step:
+        raise UserError(
+            f"--compare cannot be done: a global batch of {plan.global_batch_size} leaves some of "
+            f"{runs_a_step} micro-batches empty ({plan.world_size} ranks, at most {rows} samples at once), "
+            "and a peer computes none without samples. Set train.global_batch_size to a multiple of "
+            f"{plan.world_size * rows}, or raise train.per_device_train_batch_size."
+        )
     dealt = []
     for indices, sizes in zip(batches, lengths, strict=True):
         runs = deal(indices, sizes, world_size=plan.world_size, micro_batch=rows)

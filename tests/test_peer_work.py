@@ -150,6 +150,19 @@ def test_more_steps_than_a_job_has_whole_batches(folders, tmp_path):
         make_peer_work(plan, plan_tokens(plan), tmp_path, warmup_steps=1, steps=20)
 
 
+def test_a_peer_is_given_no_empty_micro_batch(folders, tmp_path):
+    """5 samples on 4 ranks, one at a time: 8 places."""
+    plan = plan_of(
+        folders,
+        "train.global_batch_size=5",
+        "train.per_device_train_batch_size=1",
+        nodes=4,
+    )
+    with pytest.raises(UserError, match=r"a global batch of 5 leaves some of 8 .* multiple of 4"):
+        make_peer_work(plan, plan_tokens(plan), tmp_path, warmup_steps=0, steps=1)
+    assert not list(tmp_path.iterdir())
+
+
 def peer_order(num_samples, size, seed):
     from ftlaunch.strategies.data.sample_order import SampleOrder
 
