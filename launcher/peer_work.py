@@ -38,6 +38,8 @@ def check_comparable(plan: LaunchPlan, *, on_one_machine: bool) -> None:
         why = "an adapter is trained, and the peers train the whole model"
     elif options.model.freeze:
         why = "model.freeze is set, and the peers train the whole model"
+    elif options.train.class_weights is not None:
+        why = "train.class_weights is set, and the peers weigh all classes alike"
     elif options.deepspeed.offload == "cpu" or options.deepspeed.config is not None:
         why = (
             "deepspeed.offload or deepspeed.config is set, and the peers have DeepSpeed's defaults"

@@ -280,6 +280,7 @@ def save_weights(folder, causal):
         ({"accelerator": "ascend"}, "ascend"),
         ({"lora.r": 4}, "adapter"),
         ({"model.freeze": ("embeddings",)}, "model.freeze"),
+        ({"train.class_weights": "balanced"}, "class_weights"),
         ({"deepspeed.offload": "cpu"}, "offload"),
         ({"data.packing": "samples"}, "packing"),
     ],
