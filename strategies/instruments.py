@@ -17,7 +17,7 @@ class Instruments(Protocol):
     """One rank's. Made before the strategy: what a library keeps of a collective is then watched, too.
 
     A stamp is a point in time of whatever executes: the host's clock on a CPU, an event in the stream of a
-    GPU. Seconds between stamps may be asked for when the step is over.
+    GPU. Seconds between stamps may be asked for after `synchronize`.
     """
 
     def stamp(self) -> Any: ...

@@ -185,7 +185,7 @@ class _Measurement:
     def _shares(self, count: int) -> tuple[Shares, int]:
         """Collective: of this rank, from `count` steps that are watched."""
         watched, instruments = self._watched, self._instruments
-        total, calls, waits = 0.0, 0.0, []
+        stamped: list[list[tuple[Any, Any]]] = []
         with instruments.watching(self._strategy):
             self._meet()
             instruments.take_waits()
@@ -194,17 +194,16 @@ class _Measurement:
             began = instruments.stamp()
 
             def note(report: StepReport) -> None:
-                nonlocal began, total, calls
-                instruments.synchronize()
-                end = watched.calls[-1][1]
-                total += instruments.seconds(began, end)
-                calls += sum(instruments.seconds(*call) for call in watched.calls)
-                waits.append([instruments.seconds(*wait) for wait in instruments.take_waits()])
-                watched.calls.clear()
-                began = end
+                stamped.append(instruments.take_waits())
 
             self._steps(count, note)
             watched.watches = False
+        # Stamps are read when all steps are over: to wait for the device between them, or to ask for its
+        # times, would be counted as what lies between two steps.
+        instruments.synchronize()
+        total = instruments.seconds(began, watched.calls[-1][1])
+        calls = sum(instruments.seconds(*call) for call in watched.calls)
+        waits = [[instruments.seconds(*wait) for wait in of_step] for of_step in stamped]
         communication, idle = self._told_apart(waits)
         return make_shares(total, calls, communication, idle), count
 

@@ -13,6 +13,7 @@ from ftlaunch.strategies.options import BenchOptions, JobOptions, ModelOptions, 
 from ftlaunch.strategies.progress import Measured
 from ftlaunch.strategies.session import SessionRequest
 from ftlaunch.strategies.torch.ddp import TorchDataParallel
+from ftlaunch.strategies.torch.instruments import TorchInstruments
 from ftlaunch.strategies.torch.zero import TorchZero
 from tests.ranks import run_ranks
 from tests.tiny import write_config
@@ -28,7 +29,7 @@ class _NoStop:
         return False
 
 
-def _measure(world, listen_fd, folder, strategy):
+def _measure_slowly(world, listen_fd, folder, strategy):
     """Rank 1 computes slowly. Rank 0 returns what was measured."""
     kind: Any = {"ddp": TorchDataParallel, "zero2": TorchZero}[strategy]
     if world.rank == 1:
@@ -39,6 +40,34 @@ def _measure(world, listen_fd, folder, strategy):
             return accumulate(self, *args, **kwargs)
 
         kind.accumulate = slowly  # in this process alone, which was forked for it
+    return _measure(world, listen_fd, folder, strategy)
+
+
+def _measure_by_another_clock(world, listen_fd, folder):
+    """It goes on by 1 in each micro-batch, and by 100 whenever the device is waited for."""
+    clock = 0.0
+    accumulate = TorchDataParallel.accumulate
+
+    def counted(self, *args, **kwargs):
+        nonlocal clock
+        clock += 1
+        return accumulate(self, *args, **kwargs)
+
+    def synchronize(self):
+        nonlocal clock
+        clock += 100
+
+    for owner, name, function in (
+        (TorchDataParallel, "accumulate", counted),
+        (TorchInstruments, "synchronize", synchronize),
+        (TorchInstruments, "stamp", lambda self: clock),
+        (TorchInstruments, "peak_flops", lambda self: 1.0),
+    ):
+        setattr(owner, name, function)
+    return _measure(world, listen_fd, folder, "ddp")
+
+
+def _measure(world, listen_fd, folder, strategy):
     options = JobOptions(
         model=ModelOptions(name_or_path=str(folder), random_weights=True),
         train=TrainOptions(global_batch_size=16),
@@ -65,7 +94,7 @@ def _measure(world, listen_fd, folder, strategy):
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.long)])
 def test_the_others_wait_for_the_slow_one(strategy, tmp_path):
-    [measured], nothing = run_ranks(2, _measure, write_config(tmp_path, "bert"), strategy)
+    [measured], nothing = run_ranks(2, _measure_slowly, write_config(tmp_path, "bert"), strategy)
     assert nothing == []
     waiting, slow = measured.ranks
     # What holds up rank 1 is its own computing, and nobody's communication.
@@ -78,3 +107,10 @@ def test_the_others_wait_for_the_slow_one(strategy, tmp_path):
     # 32 samples are gone round: 3 steps of 16 samples of 20 tokens.
     assert (measured.num_samples, measured.num_tokens) == (48, 960)
     assert (measured.skipped_steps, measured.share_steps) == (0, 3)
+
+
+def test_measuring_is_no_part_of_what_is_measured(tmp_path):
+    """To wait for the device and to read its times is neither data nor anything else of a step."""
+    [[measured]] = run_ranks(1, _measure_by_another_clock, write_config(tmp_path, "bert"))
+    [rank] = measured.ranks
+    assert (rank["compute"], rank["data"]) == (1.0, 0.0)
