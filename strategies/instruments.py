@@ -33,7 +33,8 @@ class Instruments(Protocol):
     def peak_flops(self) -> float:
         """Floating point operations a second of a product of matrices at the job's precision.
 
-        To be called by all ranks at once, since they may share what they run on.
+        To be called by all ranks at once, since they may share what they run on. What the device has
+        held at most counts anew from its end on, where it is counted by the framework.
         """
 
     def watching(self, strategy: Strategy) -> AbstractContextManager[None]:

@@ -120,6 +120,8 @@ class _Measurement:
         bench = self._bench
         self._steps(bench.warmup_steps, lambda report: None)
         self._meet()
+        # A product's matrices are no part of training.
+        held = self._strategy.peak_memory_bytes()
         peak = self._instruments.peak_flops()
         self._meet()
         ends: list[float] = []
@@ -136,7 +138,7 @@ class _Measurement:
         seconds = np.diff([started, *ends])
         shares, share_steps = self._shares(min(bench.steps, _SHARE_STEPS))
         mine = {**asdict(shares), "peak_flops_per_second": peak}
-        mine["peak_memory_bytes"] = float(self._strategy.peak_memory_bytes())
+        mine["peak_memory_bytes"] = float(max(held, self._strategy.peak_memory_bytes()))
         by_rank = self._gather(np.array(list(mine.values()), dtype=np.float64))
         by_step = self._gather(seconds)
         windows = [report.window for report in reports]

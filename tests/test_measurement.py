@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ftlaunch.strategies import measurement
 from ftlaunch.strategies.options import BenchOptions, JobOptions, ModelOptions, TrainOptions
@@ -92,6 +93,22 @@ def _measure(world, listen_fd, folder, strategy):
     return [message for message in said if isinstance(message, Measured)]
 
 
+def _measure_with_a_large_product(world, listen_fd, folder):
+    """As a GPU counts: 9 bytes at most before the product, 7 since it was counted anew after it."""
+    most = 9
+
+    def peak_flops(self):
+        nonlocal most
+        most = 7
+        return 1.0
+
+    instruments: Any = TorchInstruments
+    strategy: Any = TorchDataParallel
+    instruments.peak_flops = peak_flops
+    strategy.peak_memory_bytes = lambda self: most
+    return _measure(world, listen_fd, folder, "ddp")
+
+
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.long)])
 def test_the_others_wait_for_the_slow_one(strategy, tmp_path):
     [measured], nothing = run_ranks(2, _measure_slowly, write_config(tmp_path, "bert"), strategy)
@@ -114,3 +131,27 @@ def test_measuring_is_no_part_of_what_is_measured(tmp_path):
     [[measured]] = run_ranks(1, _measure_by_another_clock, write_config(tmp_path, "bert"))
     [rank] = measured.ranks
     assert (rank["compute"], rank["data"]) == (1.0, 0.0)
+
+
+def test_the_product_that_shows_the_peak_is_no_memory_of_training(tmp_path):
+    [[measured]] = run_ranks(1, _measure_with_a_large_product, write_config(tmp_path, "bert"))
+    assert measured.ranks[0]["peak_memory_bytes"] == 9
+
+
+@pytest.mark.parametrize(("device", "last"), [("cuda", "count anew"), ("cpu", "product")])
+def test_memory_is_counted_anew_after_the_product(device, last, monkeypatch):
+    done = []
+
+    def product_seconds(self, size, at_least):
+        done.append("product")
+        return 1.0
+
+    monkeypatch.setattr(TorchInstruments, "_product_seconds", product_seconds)
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda device: done.append("count anew")
+    )
+    instruments = object.__new__(TorchInstruments)
+    instruments._device = torch.device(device)
+    # 2 · 512³ in a second.
+    assert instruments.peak_flops() == 2 * 512**3
+    assert (done[:2], done[-1]) == (["product"] * 2, last)

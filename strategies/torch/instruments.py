@@ -87,7 +87,10 @@ class TorchInstruments:
             while best < _PRODUCT_SECONDS and size < _LARGEST_MATRIX[self._device.type]:
                 size *= 2
                 best = self._product_seconds(size, 0.0)
-            return 2.0 * size**3 / self._product_seconds(size, _PEAK_SECONDS)
+            best = self._product_seconds(size, _PEAK_SECONDS)
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        return 2.0 * size**3 / best
 
     def _product_seconds(self, size: int, at_least: float) -> float:
         """The fastest of those that fit into so many seconds, and of two; the first does not count."""
