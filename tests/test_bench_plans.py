@@ -1,17 +1,21 @@
-"""What a benchmark plans of its cells: by the length of its random samples, on machines that nobody has."""
+"""What a benchmark plans of its cells, on machines that nobody has, and what it tells and keeps of them."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from ftlaunch.cluster.errors import UserError
+from ftlaunch.launcher import cli
 from ftlaunch.launcher.bench_cells import Cell, config_of, plan_cell
 from ftlaunch.launcher.bench_report import CellResult, cell_json, table_lines
+from ftlaunch.launcher.bench_run import CellRun, CellRunner
 from ftlaunch.launcher.config import load_config
 from ftlaunch.launcher.hardware import HARDWARE, assume
 from tests.model_configs import LLAMA_1B, write_json
+from tests.test_bench_numbers import measured
 
 CELL = Cell(nodes=1, strategy="auto", precision="auto", scaling="base")
 
@@ -98,3 +102,15 @@ def test_memory_that_auto_saves_is_told(plan):
     """One row of 131,072 tokens is too much without."""
     chosen = plan("bench.lengths=131072")
     assert cell_json([], CellResult(cell=CELL, plan=chosen))["gradient_checkpointing"]
+
+
+def test_what_was_measured_stays_when_a_later_repeat_fails(tmp_path, monkeypatch):
+    """By a mistake that was none before: data that is gone, say."""
+    runs = iter([CellRun(measured=measured(100)), CellRun(why="it is gone", by_user=True)])
+    monkeypatch.setattr(CellRunner, "run", lambda self, cell, folder: next(runs))
+    out = tmp_path / "out"
+    words = ["--repeats", "2", "-o", str(out), f"data.cache_dir={tmp_path / 'cache'}"]
+    assert cli.run(["bench", *words]) == 1
+    [told] = json.loads((out / "bench.json").read_text())["cells"]
+    assert told["failure"]["why"] == "it is gone"
+    assert len(told["repeats"]) == 1
