@@ -86,6 +86,7 @@ class _Record:
     progressed: bool = False
     last_saved_step: int = 0
     longest_sample: int = 0
+    longest_eval_sample: int = 0
     phase: PhaseName = "data"
     proof: Proved | None = None
     disk_error: OSError | None = None
@@ -343,7 +344,9 @@ class _Job:
 
     def _can_halve(self, plan: LaunchPlan) -> bool:
         record = self._record
-        return can_halve(plan, phase=record.phase, longest_sample=record.longest_sample)
+        evaluates = record.phase == "evaluate"
+        longest = record.longest_eval_sample if evaluates else record.longest_sample
+        return can_halve(plan, phase=record.phase, longest_sample=longest)
 
     def _say_stopping(self) -> None:
         what = "stopping"
@@ -386,6 +389,7 @@ class _Job:
         elif isinstance(message, DataReady):
             record.data_seconds = message.seconds
             record.longest_sample = message.longest_sample
+            record.longest_eval_sample = message.longest_eval_sample
             plan = json.loads((self._folder / "logs" / PLAN_OF_RANKS).read_bytes())
             write_json(self._folder / "plan.json", plan)
             # An earlier run's: should this one be killed, nothing is to tell of another end.

@@ -155,15 +155,15 @@ def can_halve(plan: LaunchPlan, *, phase: PhaseName, longest_sample: int) -> boo
     """Whether half of the micro-batch takes less memory.
 
     phase            what was being done when memory ran out
-    longest_sample   tokens of the longest training sample, 0 where it is not known
+    longest_sample   tokens of the longest sample of that phase, 0 where it is not known
     """
     if phase in ("data", "model"):
         return False  # there was no micro-batch yet
-    if phase == "evaluate":
-        return plan.eval_micro_batch > 1
-    if plan.micro_batch == 1:
+    evaluates = phase == "evaluate"
+    samples = plan.eval_micro_batch if evaluates else plan.micro_batch
+    tokens = plan.eval_max_tokens if evaluates else plan.max_tokens_per_micro_batch
+    if samples == 1:
         return False
-    tokens = plan.max_tokens_per_micro_batch
     # The longest one stands alone already, and weighs more than any others together.
     return tokens is None or not longest_sample or tokens > longest_sample
 

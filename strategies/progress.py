@@ -16,7 +16,8 @@ PhaseName = Literal["data", "model", "prove", "train", "evaluate", "save"]
 class DataReady:
     """The tokens are there. Sent once by rank 0; `notes` are lines for the user (guessed columns, …).
 
-    longest_sample   tokens of the longest training sample; 0 where there is none
+    longest_sample        tokens of the longest training sample; 0 where there is none
+    longest_eval_sample   the same of evaluation
     """
 
     kind: ClassVar[str] = "data_ready"
@@ -27,6 +28,7 @@ class DataReady:
     seconds: float
     notes: tuple[str, ...]
     longest_sample: int = 0
+    longest_eval_sample: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -176,6 +176,7 @@ def evaluate(request: SessionRequest, *, emit: Callable[[Progress], None], stop:
             total_steps=0,
             seconds=time.perf_counter() - started,
             notes=tokens.notes,
+            longest_eval_sample=longest_sample(tokens.train),
         )
     )
     say(Phase(name="model"))
@@ -327,6 +328,7 @@ def _data_ready(request: SessionRequest, tokens: Tokens, started: float) -> Data
         seconds=time.perf_counter() - started,
         notes=tokens.notes,
         longest_sample=longest_sample(tokens.train),
+        longest_eval_sample=longest_sample(tokens.eval) if tokens.eval is not None else 0,
     )
 
 

@@ -120,6 +120,11 @@ def test_when_half_would_help():
     one = _plan(nodes=1, overrides=["train.per_device_train_batch_size=1"])
     assert not can_halve(one, phase="train", longest_sample=100)
     assert can_halve(one, phase="evaluate", longest_sample=100)
+    # An evaluation costs all that was not saved since: it is not tried again for nothing.
+    assert (plan.eval_micro_batch, plan.eval_max_tokens) == (16, 2048)
+    assert can_halve(plan, phase="evaluate", longest_sample=2047)
+    assert can_halve(plan, phase="evaluate", longest_sample=0)
+    assert not can_halve(plan, phase="evaluate", longest_sample=2048)
 
 
 def _sizes(plan):

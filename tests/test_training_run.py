@@ -24,7 +24,15 @@ from ftlaunch.strategies.options import (
     ModelOptions,
     TrainOptions,
 )
-from ftlaunch.strategies.progress import Evaluated, Finished, Note, Resumed, Saved, StepDone
+from ftlaunch.strategies.progress import (
+    DataReady,
+    Evaluated,
+    Finished,
+    Note,
+    Resumed,
+    Saved,
+    StepDone,
+)
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -162,6 +170,12 @@ def test_the_same_topology_with_dropout_resumes_exactly(folders, tmp_path):
 def test_the_same_command_again_has_nothing_left_to_train(folders, tmp_path):
     options = _options(folders, train={"max_steps": 3})
     first = run_ranks(1, _run, options, tmp_path)[0]
+    [ready] = _of(DataReady, first)
+    longest = []
+    for name in ("train", "test"):
+        lines = (folders[1] / f"{name}.jsonl").read_text().splitlines()
+        longest.append(max(len(json.loads(line)["text"].split()) for line in lines))
+    assert [ready.longest_sample, ready.longest_eval_sample] == longest
     again = run_ranks(2, _run, options, tmp_path)[0]
     assert not _of(StepDone, again)
     assert _of(Finished, again)[0].metrics == _of(Finished, first)[0].metrics
