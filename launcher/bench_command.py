@@ -48,6 +48,7 @@ from ftlaunch.launcher.bench_report import (
 )
 from ftlaunch.launcher.bench_run import CellRun, CellRunner
 from ftlaunch.launcher.config import RunConfig, load_config
+from ftlaunch.launcher.config_fetch import fetch_config
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.job import check_input, prepare_demo
 from ftlaunch.launcher.npus import with_rank_table
@@ -76,10 +77,12 @@ def bench(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
     repeats = config.bench.repeats or default
     config = replace(config, bench=replace(config.bench, repeats=repeats))
     here = detect_machine(os.environ)
-    if peers:
-        _check_peers(config, cells, here)
     # With --json stdout is for the result alone.
     with Console(sys.stderr if arguments.json else sys.stdout) as console:
+        if not arguments.dry_run and (why := fetch_config(config.model, console.say)):
+            console.warn(f"memory is not planned: {why}")
+        if peers:
+            _check_peers(config, cells, here)
         folder = folder_of(config.output_dir)
         if arguments.dry_run:
             console.plan(_plan_lines(config, cells, here, peers))

@@ -25,6 +25,7 @@ from ftlaunch.cluster.machine import Machine, detect_machine
 from ftlaunch.cluster.verdict import Failure, Verdict
 from ftlaunch.launcher.attempts import Timeline, run_attempts
 from ftlaunch.launcher.config import RunConfig
+from ftlaunch.launcher.config_fetch import fetch_config
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.ending import proof_to_json, show_verdict, verdict_json
 from ftlaunch.launcher.job_memory import JobMemory, read_job_memory
@@ -113,7 +114,9 @@ def run_job(
     site = find_site(config.cluster, os.environ)
     folder = default_output_dir(config)
     machine = detect_machine(os.environ)
-    memory = read_job_memory(config) if mode == "train" else None
+    memory = None
+    if mode == "train":
+        memory = read_job_memory(config, why_not=fetch_config(config.model, console.say))
     rehearsal = rehearsal or Rehearsal(())
     check_site(rehearsal.faults, is_one_machine=site.is_one_machine)
     if site.is_one_machine:

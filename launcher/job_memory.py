@@ -67,9 +67,11 @@ class JobMemory:
     family: str | None = None
 
 
-def read_job_memory(config: RunConfig) -> JobMemory:
+def read_job_memory(config: RunConfig, *, why_not: str = "") -> JobMemory:
     """UserError for rows longer than the model takes, and for an encoder that is to learn causal-lm; any
     other trouble with config.json is `why_not`.
+
+    why_not   what is said where it cannot be read, in place of that
     """
     check_task(config.task)
     if config.is_demo:
@@ -79,7 +81,7 @@ def read_job_memory(config: RunConfig) -> JobMemory:
     try:
         content = read_config_json(config.model)
     except UserError as error:
-        return JobMemory(architecture=None, why_not=str(error))
+        return JobMemory(architecture=None, why_not=why_not or str(error))
     # Before anything else is asked of the file: whatever family it is, this cannot run.
     check_max_length(config.data.max_length, max_length_of(content))
     _check_reads_forward(config, content)
@@ -106,7 +108,15 @@ def read_config_json(options: ModelOptions) -> dict[str, Any]:
         path = Path(name).expanduser()
         path = path / "config.json" if path.is_dir() else path
     else:
-        path = _cached(name, options.revision)
+        cached = cached_config(name, options.revision)
+        if cached is None:
+            raise UserError(
+                f"config.json of the model {name!r} is not in the hub's cache here, and a plan asks no "
+                "network. Pass the path of a config.json to ftlaunch plan, or of a folder that has one; a "
+                "run takes the model's folder or its name, and fetches the file first unless HF_HUB_OFFLINE "
+                "is set."
+            )
+        path = cached
     try:
         with open(path, "rb") as file:
             raw = file.read(_MAX_BYTES + 1)
@@ -125,24 +135,22 @@ def read_config_json(options: ModelOptions) -> dict[str, Any]:
     return content
 
 
-def _cached(name: str, revision: str | None) -> Path:
+def cached_config(name: str, revision: str | None) -> Path | None:
     """Where the hub's library keeps it. Its own function for that takes ten times as long to import."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
     commit = revision or "main"
-    if _HUB_NAME.fullmatch(name):
-        with contextlib.suppress(OSError, ValueError):
-            commit = (folder / "refs" / commit).read_text().strip()
-        # A name that is too long, or a cache that is not for this user to look into.
-        with contextlib.suppress(OSError, ValueError):
-            path = folder / "snapshots" / commit / "config.json"
-            if path.is_file():
-                return path
-    raise UserError(
-        f"config.json of the model {name!r} is not in the hub's cache here, and a plan asks no "
-        "network. Pass the path of a config.json, or of a folder that has one."
-    )
+    if not _HUB_NAME.fullmatch(name):
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        commit = (folder / "refs" / commit).read_text().strip()
+    # A name that is too long, or a cache that is not for this user to look into.
+    with contextlib.suppress(OSError, ValueError):
+        path = folder / "snapshots" / commit / "config.json"
+        if path.is_file():
+            return path
+    return None
 
 
 def _known(config: RunConfig, content: Mapping[str, Any]) -> JobMemory:

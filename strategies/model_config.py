@@ -128,7 +128,7 @@ def read_model_config(options: ModelOptions) -> dict[str, Any]:
         check_model_folder(options)
         path = Path(name).expanduser() / "config.json"
     else:
-        path = _from_hub(name, options.revision)
+        path = config_from_hub(name, options.revision)
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -140,7 +140,8 @@ def read_model_config(options: ModelOptions) -> dict[str, Any]:
     return config
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def config_from_hub(name: str, revision: str | None) -> Path:
+    """config.json in the hub's cache, fetched if need be. UserError when it cannot be had."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
