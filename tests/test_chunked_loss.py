@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import resource
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,6 +80,54 @@ def test_loss_and_gradients_of_logits(in_pieces, dtype):
     _close(loss, (losses * weights).sum())
     _close(pieces.grad.float(), plain.grad.float())
     _close(score_rows(logits, labels)[0], losses)
+
+
+@pytest.mark.parametrize(("kind", "number", "rows"), [("cpu", 75, 220), ("cuda", 10, 1766)])
+def test_accelerators_have_larger_pieces(kind, number, rows):
+    """16 x 1,024 tokens and a vocabulary of 151,936: 2^25 / 151,936 = 220.8, 2^28 / 151,936 = 1766.8."""
+    parts = list(chunked_loss._chunks(16 * 1024, 151_936, torch.device(kind)))
+    assert (len(parts), parts[0]) == (number, slice(0, rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_weights_are_weights_of_1(in_pieces, dtype):
+    hidden, weight, bias, labels, _ = _random()
+    found = []
+    for weights in (torch.ones(ROWS), None):
+        leaves = [each.clone().requires_grad_() for each in (hidden, weight, bias)]
+        loss = HeadLoss.apply(*leaves, labels, weights, dtype)
+        torch.autograd.backward(loss * 3.0)
+        logits = (hidden @ weight.t()).to(dtype).requires_grad_()
+        other = LogitsLoss.apply(logits, labels, weights)
+        torch.autograd.backward(other)
+        found.append([loss, other, *(leaf.grad for leaf in leaves), logits.grad])
+    assert all(torch.equal(one, same) for one, same in zip(*found, strict=True))
+
+
+def _weights_of_the_head(world, listen_fd, folder):
+    """What the head was given as weights: of a batch as it is, and with one token that counts twice."""
+    case = CASES["causal-lm-qwen2"]
+    strategy = create(case.request(world, None, folder))
+    batch = case.collator(case.make_table(6)).batch(np.arange(6), seed=1)
+    double = batch.weights.copy()
+    double[tuple(np.argwhere(double)[0])] = 2.0
+    head: Any = strategy._forward.head
+    seen, loss_sum = [], head.loss_sum
+
+    def noted(run, chosen, weights):
+        seen.append(weights)
+        return loss_sum(run, chosen, weights)
+
+    head.loss_sum = noted
+    for weights in (batch.weights, double):
+        strategy.accumulate(replace(batch, weights=weights), 1.0, last=True)
+    return [None if each is None else each.tolist() for each in seen], int((double != 0).sum())
+
+
+def test_weights_that_are_all_1_are_not_multiplied_with(tmp_path):
+    folder = tiny.write_config(tmp_path / "model", "qwen2")
+    [(seen, number)] = run_ranks(1, _weights_of_the_head, folder)
+    assert seen == [None, [2.0] + [1.0] * (number - 1)]
 
 
 def test_no_token_at_all_has_a_gradient_of_zero():

@@ -211,3 +211,14 @@ def test_the_largest_micro_batch_is_the_last_that_fits(capacity: int) -> None:
 def test_numbers_that_no_job_has_are_a_mistake_of_the_caller(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         estimate(_request(_bert(), **wrong))
+
+
+def test_accelerators_have_larger_pieces_of_logits() -> None:
+    # 512 tokens, 128,256 logits each. On a CPU 261 are a piece (2^25 / 128,256 = 261.6), and the first is
+    # still there when the other 251 have their logits and as much for the normaliser. On accelerators
+    # 512 are one piece. fp32.
+    found = {
+        kind: estimate(_request(_llama_70b(), length=512, accelerator=kind)).logits
+        for kind in ("cpu", "cuda")
+    }
+    assert found["cuda"] - found["cpu"] == (2 * 512 - (261 + 2 * 251)) * 4 * 128_256

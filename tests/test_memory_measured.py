@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 
 from benchmarks.memory import Cell, measure_rank, predict
-from ftlaunch.strategies.memory.output import CHUNK_ELEMENTS
+from ftlaunch.strategies.memory import output
 from ftlaunch.strategies.options import LoraOptions
 from ftlaunch.strategies.torch import chunked_loss, model
 from tests.ranks import run_ranks
@@ -119,4 +119,5 @@ def test_ddp_takes_what_was_predicted(name: str, changes: dict[str, Any], tmp_pa
 
 
 def test_pieces_of_logits_are_as_large_as_they_are() -> None:
-    assert CHUNK_ELEMENTS == chunked_loss.CHUNK_ELEMENTS
+    assert output.CHUNK_ELEMENTS == chunked_loss.CHUNK_ELEMENTS
+    assert output.ACCELERATOR_CHUNK_ELEMENTS == chunked_loss.ACCELERATOR_CHUNK_ELEMENTS

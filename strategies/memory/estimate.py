@@ -131,6 +131,7 @@ def estimate(request: MemoryRequest) -> MemoryEstimate:
         in_pieces=request.strategy != "mindspore"
         and architecture.known
         and not architecture.caps_logits,
+        on_cpu=request.accelerator == "cpu",
     )
     parts = _Parts(
         held=held.weights + held.masters + held.optimizer,

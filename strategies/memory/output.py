@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from ftlaunch.strategies.memory.architecture import Architecture
 
-# Logits that exist at a time (`chunked_loss.CHUNK_ELEMENTS`; a test compares them).
+# Logits that exist at a time (the same names in `chunked_loss`; a test compares them).
 CHUNK_ELEMENTS = 1 << 25
+ACCELERATOR_CHUNK_ELEMENTS = 1 << 28
 # Of a masked language model: the share of tokens that have a label (data.mlm_probability).
 _MASKED_SHARE = 0.15
 _FP32 = 4
@@ -39,12 +40,13 @@ def output(
     residual: int,
     is_trained: bool,
     in_pieces: bool,
+    on_cpu: bool,
 ) -> Output:
     """Of one micro-batch.
 
     width, residual   bytes of what products give, and of hidden states
     is_trained        the weight of the head
-    in_pieces         logits of a vocabulary never exist as a whole
+    in_pieces         logits of a vocabulary never exist as a whole; `on_cpu` in smaller pieces
     """
     tokens = rows * length
     if a.head == "sequence-classification":
@@ -64,12 +66,13 @@ def output(
         return Output(kept=kept + copies * _FP32 * chosen * a.vocab_size, weight=0, work=0)
     kept += chosen * a.embedding_size * (residual + width)
     weight = _FP32 * a.vocab_size * a.embedding_size if is_trained else 0
-    return Output(kept=kept, weight=weight, work=_pieces(a, chosen, width))
+    return Output(kept=kept, weight=weight, work=_pieces(a, chosen, width, on_cpu))
 
 
-def _pieces(a: Architecture, chosen: int, width: int) -> int:
+def _pieces(a: Architecture, chosen: int, width: int, on_cpu: bool) -> int:
     """The most that exists of logits: a piece, what its normaliser takes, and the piece before."""
-    piece = min(chosen, max(1, CHUNK_ELEMENTS // a.vocab_size))
+    elements = CHUNK_ELEMENTS if on_cpu else ACCELERATOR_CHUNK_ELEMENTS
+    piece = min(chosen, max(1, elements // a.vocab_size))
     number = -(-chosen // piece)
     last = chosen - (number - 1) * piece
     element = _FP32 * a.vocab_size

@@ -59,9 +59,11 @@ class Forward:
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _choose(self, batch: Batch, which: NDArray[np.bool_]) -> tuple[ChosenTokens, torch.Tensor]:
-        """The tokens of `which`, (rows, length), and their weights. Chosen here: a device that has to
-        say how many there are makes everyone wait.
+    def _choose(
+        self, batch: Batch, which: NDArray[np.bool_]
+    ) -> tuple[ChosenTokens, torch.Tensor | None]:
+        """The tokens of `which`, (rows, length), and their weights, None where all are 1. Chosen here:
+        a device that has to say how many there are makes everyone wait.
         """
         positions = np.flatnonzero(which)
         chosen = ChosenTokens(
@@ -69,7 +71,8 @@ class Forward:
             labels=self._moved(batch.labels.reshape(-1)[positions]),
             num_tokens=batch.labels.size,
         )
-        return chosen, self._moved(batch.weights.reshape(-1)[positions])
+        weights = batch.weights.reshape(-1)[positions]
+        return chosen, None if (weights == 1).all() else self._moved(weights)
 
     def _moved(self, values: NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(values)

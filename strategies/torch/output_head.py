@@ -72,11 +72,11 @@ class OutputHead:
         return self._fits
 
     def loss_sum(
-        self, run: Callable[[], torch.Tensor], chosen: ChosenTokens, weights: torch.Tensor
+        self, run: Callable[[], torch.Tensor], chosen: ChosenTokens, weights: torch.Tensor | None
     ) -> torch.Tensor:
         """The sum over tokens of weight times loss, fp32, of a model that `fits`.
 
-        weights   (chosen,)
+        weights   (chosen,); None: all are 1
         """
 
         def instead(hidden: torch.Tensor) -> torch.Tensor:
