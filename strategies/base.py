@@ -53,6 +53,11 @@ class Batch:
     def num_padded_tokens(self) -> int:
         return int(self.inputs["input_ids"].size)
 
+    @property
+    def is_of_tokens(self) -> bool:
+        """Whether each token has a label; those of several outputs are not whole numbers."""
+        return self.labels.ndim == 2 and self.labels.dtype.kind == "i"
+
     def one_row(self) -> Batch:
         """The first row with weight alone, as wide as it is here; the first of all where none has any."""
         row = int((self.weights != 0).reshape(len(self.weights), -1).any(axis=1).argmax())

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftlaunch.strategies.base import Batch
 from ftlaunch.strategies.torch import chunked_loss
@@ -23,6 +24,7 @@ from ftlaunch.strategies.torch.ddp import create
 from tests import tiny
 from tests.ranks import run_ranks
 from tests.token_cases import CASES
+from tests.token_label_cases import LABEL_CASES
 
 ROWS, WIDTH, CLASSES = 37, 16, 53
 
@@ -128,6 +130,54 @@ def test_weights_that_are_all_1_are_not_multiplied_with(tmp_path):
     folder = tiny.write_config(tmp_path / "model", "qwen2")
     [(seen, number)] = run_ranks(1, _weights_of_the_head, folder)
     assert seen == [None, [2.0] + [1.0] * (number - 1)]
+
+
+class _Questions(TorchDispatchMode):
+    """Operations whose result has a size that only the device knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masks = [
+            each
+            for arg in args
+            if isinstance(arg, list | tuple)
+            for each in arg
+            if isinstance(each, torch.Tensor) and each.dtype == torch.bool
+        ]
+        if masks or "nonzero" in str(func) or "masked_select" in str(func):
+            self.asked.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _questions(world, listen_fd, folder, case):
+    strategy = create(case.request(world, None, folder))
+    table, everything = case.make_table(6), np.arange(6)
+    collator = case.collator(table)
+    with _Questions() as questions:
+        strategy.accumulate(
+            collator.batch(everything, seed=1), collator.total_items(everything), last=True
+        )
+    loss = strategy.apply(0.0, stop=False, saving=0.0).loss
+    with torch.no_grad():
+        expected = float(case.full_loss(strategy.model, table, everything, 0))
+    return questions.asked, loss / expected
+
+
+@pytest.mark.parametrize("name", ["token-classification-bert", "capped"])
+def test_the_device_is_not_asked_which_tokens_have_a_label(tmp_path, name):
+    """Where there is no head that gives losses: few classes, or logits that are capped."""
+    folder = tmp_path / "model"
+    if name == "capped":
+        folder, case = _gemma(folder), CASES["causal-lm-qwen2"]
+        case = replace(case, model={**case.model, "random_weights": False})
+    else:
+        folder, case = tiny.write_config(folder, "bert"), LABEL_CASES[name]
+    [(asked, ratio)] = run_ranks(1, _questions, folder, case)
+    assert asked == []
+    assert abs(ratio - 1) < 1e-6
 
 
 def test_no_token_at_all_has_a_gradient_of_zero():

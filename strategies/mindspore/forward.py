@@ -54,9 +54,8 @@ def pad_to_buckets(
     # A row without any token to attend to would be a softmax over nothing.
     inputs["attention_mask"][present:, 0] = 1
 
-    # Labels of tokens are as wide as the inputs; those of several outputs are not whole numbers.
-    for_tokens = batch.labels.ndim == 2 and batch.labels.dtype.kind == "i"
-    width = (target,) if for_tokens else batch.labels.shape[1:]
+    # Labels of tokens are as wide as the inputs.
+    width = (target,) if batch.is_of_tokens else batch.labels.shape[1:]
 
     def fill(values: NDArray[Any], filler: float, *shape: int) -> NDArray[Any]:
         result = np.full((rows, *shape), filler, dtype=values.dtype)
@@ -65,7 +64,7 @@ def pad_to_buckets(
 
     return Batch(
         inputs=inputs,
-        labels=fill(batch.labels, UNSUPERVISED if for_tokens else 0, *width),
+        labels=fill(batch.labels, UNSUPERVISED if batch.is_of_tokens else 0, *width),
         weights=fill(batch.weights, 0, *width),
         indices=fill(batch.indices, -1),
         seed=batch.seed,

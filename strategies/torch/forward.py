@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,10 @@ from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.base import Batch, TokenScores
 from ftlaunch.strategies.data.tasks import UNSUPERVISED
 from ftlaunch.strategies.torch.chunked_loss import score_rows
+from ftlaunch.strategies.torch.losses import LossSum
 from ftlaunch.strategies.torch.output_head import ChosenTokens, OutputHead
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LossSum = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +37,11 @@ class Forward:
     def loss_sum(self, model: Any, batch: Batch) -> torch.Tensor:
         """The weighted sum over the rows of the micro-batch, fp32."""
         self._seed(batch.seed)
+        if not batch.is_of_tokens:
+            logits = self.logits(model, batch)
+            return self.loss(logits, self._moved(batch.labels), self._moved(batch.weights))
+        chosen, weights = self._choose(batch, batch.weights != 0)
         if self.head is not None:
-            chosen, weights = self._choose(batch, batch.weights != 0)
             if self.head.is_unknown:
                 self.set_training(model, False)
                 self.head.fits(lambda: self.logits(model, batch), chosen)
@@ -46,8 +49,8 @@ class Forward:
                 self._seed(batch.seed)
             if self.head.fits(lambda: self.logits(model, batch), chosen):
                 return self.head.loss_sum(lambda: self.logits(model, batch), chosen, weights)
-        logits = self.logits(model, batch)
-        return self.loss(logits, self._moved(batch.labels), self._moved(batch.weights))
+        logits = self.logits(model, batch).flatten(0, 1)
+        return self.loss(logits[chosen.positions], chosen.labels, weights)
 
     def _seed(self, seed: int) -> None:
         """The generators that dropout draws from: the same numbers as after `torch.manual_seed`.
