@@ -121,7 +121,8 @@ class MindSporeDataParallel:
             self._scaled_loss, None, [p for _, p in self._trained], has_aux=True
         )
         self._gradients: list[Any] | None = None
-        self._window_loss = 0.0
+        # (sum of losses, divisor) of each micro-batch of the window. Who reads one waits for the NPU.
+        self._losses: list[tuple[Any, float]] = []
         # The most rows of a micro-batch so far, in training and in evaluation, by padded length.
         self._most_rows: dict[str, dict[int, int]] = {"train": {}, "eval": {}}
 
@@ -153,7 +154,7 @@ class MindSporeDataParallel:
             # One by one: the sums take the place of what they were made of.
             for number, gradient in enumerate(gradients):
                 self._gradients[number] = self._gradients[number] + gradient.astype(ms.float32)
-        self._window_loss += float(loss_sum.asnumpy()) / total_items
+        self._losses.append((loss_sum, total_items))
 
     def _scaled_loss(self, batch: Batch, factor: float) -> tuple[Any, Any]:
         loss_sum = self._loss(logits_of(self._forward, batch), batch.labels, batch.weights)
@@ -186,7 +187,7 @@ class MindSporeDataParallel:
         if not culprit_here and not math.isfinite(norm):
             culprit_here = self._first_bad(self._unflatten(buckets))
         # An explicit flag: where an NPU saturates, an infinite gradient arrives as a finite one.
-        said = np.array([self._window_loss, culprit_here, stop, saving], dtype=np.float64)
+        said = np.array([self._window_loss(), culprit_here, stop, saving], dtype=np.float64)
         heard = gather(self.world, said)
         loss, _, stops, saving = heard.sum(axis=0).tolist()
         culprits = [int(number) for number in heard[:, 1] if number]
@@ -198,7 +199,6 @@ class MindSporeDataParallel:
         else:
             self._step(buckets, grad_norm, scale, learning_rate)
         self._scaler.update(overflow=bool(culprits))
-        self._window_loss = 0.0
         return StepOutcome(
             applied=not culprits,
             loss=loss,
@@ -208,6 +208,11 @@ class MindSporeDataParallel:
             stop=stops > 0,
             saving=saving,
         )
+
+    def _window_loss(self) -> float:
+        """The window's loss so far, added up in float64, which not every NPU has; none is left."""
+        losses, self._losses = self._losses, []
+        return sum(float(loss_sum.asnumpy()) / divisor for loss_sum, divisor in losses)
 
     def _step(
         self, buckets: list[Any], grad_norm: float, scale: float, learning_rate: float

@@ -156,6 +156,36 @@ def test_a_bound_in_tokens_changes_no_gradient(in_torch, ranks, max_tokens):
         assert cosine > 0.99999
 
 
+def _reads_of_a_window(world, folder):
+    """How many tensors were read in each of three micro-batches, and the window's loss and its parts."""
+    import mindspore as ms
+
+    strategy = create(world, folder)
+    view = tiny.windows(world, tiny.random_table(12), global_batch=12, micro_batch=4)
+    indices, reads, read = view.order.global_batch(0), [], ms.Tensor.asnumpy
+    losses = []
+    for number, (batch, last) in enumerate(view.micro_batches(indices, 0), start=1):
+        reads.append(0)
+
+        def counted(tensor):
+            reads[-1] += 1
+            return read(tensor)
+
+        ms.Tensor.asnumpy = counted
+        strategy.accumulate(batch, 3.0 * number, last=last)
+        ms.Tensor.asnumpy = read
+        losses.append(float(strategy._losses[-1][0].asnumpy()) / (3.0 * number))
+    return reads, strategy.apply(0.0, stop=False, saving=0.0).loss, losses
+
+
+def test_nothing_is_read_before_the_end_of_a_window(tmp_path):
+    """An NPU that is asked for a number has to finish all that it was given."""
+    folder = write_config(tmp_path / "bert", "bert")
+    [(reads, loss, losses)] = run_ranks(1, _reads_of_a_window, folder)
+    assert reads == [0, 0, 0]
+    assert loss == (losses[0] + losses[1]) + losses[2]
+
+
 def _after_a_proof(world, folder, proves):
     """The losses and the state of three steps with dropout."""
     strategy = create(world, folder, model={"dropout": 0.1})
@@ -332,10 +362,9 @@ def _losses(world, folder, dropout, seeds):
     [(batch, _)] = view.micro_batches(view.order.global_batch(0), 0)
     found = []
     for seed in seeds:
-        strategy._window_loss = 0.0
         strategy._gradients = None
         strategy.accumulate(replace(batch, seed=seed), 12.0, last=True)
-        found.append(strategy._window_loss)
+        found.append(strategy._window_loss())
     return found
 
 
@@ -358,10 +387,9 @@ def _padded(world, folder):
     found = []
     for each in (batch, padded):
         strategy._gradients = None
-        strategy._window_loss = 0.0
         strategy.accumulate(each, 11.0, last=True)
         flat = np.concatenate([g.asnumpy().ravel() for g in strategy._gradients])
-        found.append((each.inputs["input_ids"].shape, strategy._window_loss, flat))
+        found.append((each.inputs["input_ids"].shape, strategy._window_loss(), flat))
         assert strategy.predict(each).shape == (len(each.labels), 3)
     rows = [strategy.predict(each)[:11] for each in (batch, padded)]
     return found, rows

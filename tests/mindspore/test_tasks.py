@@ -134,10 +134,10 @@ def _classified(world, folder):
     found = []
     pad = int(known["ids"][known["mask"] == 0][0])
     for each in (batch, pad_to_buckets(batch, rows=8, pad_token_id=pad)):
-        strategy._gradients, strategy._window_loss = None, 0.0
+        strategy._gradients = None
         strategy.accumulate(each, float(len(batch.labels)), last=True)
         shape = each.inputs["input_ids"].shape
-        found.append((_gradients(strategy), strategy._window_loss, strategy.predict(each), shape))
+        found.append((_gradients(strategy), strategy._window_loss(), strategy.predict(each), shape))
     return found
 
 
@@ -233,7 +233,7 @@ def _joined_window(world, folder):
     strategy._gradients = [
         all_reduce(gradient.reshape(-1)).reshape(gradient.shape) for gradient in strategy._gradients
     ]
-    loss = gather(world, np.array([strategy._window_loss])).sum()
+    loss = gather(world, np.array([strategy._window_loss()])).sum()
     found = _gradients(strategy)
     strategy.close()
     return found, loss
