@@ -133,6 +133,7 @@ class MindSporeDataParallel:
         # What a step has beside the gradients of a micro-batch: moments, and sums of gradients.
         copies = (0 if self._optimizer.moments else len(MOMENTS)) + accumulates
         held = [ops.zeros_like(p) for _, p in self._trained for _ in range(copies)]
+        rows_before = dict(self._most_rows["train"])
         with without_trace():
             seed_dropout(batch.seed)
             (_, loss_sum), gradients = self._differentiate(
@@ -142,6 +143,8 @@ class MindSporeDataParallel:
             loss_sum.asnumpy()
             gradients[0].asnumpy()
         del held
+        # Its rows are no reason for filler in a later micro-batch: dropout would draw in another shape.
+        self._most_rows["train"] = rows_before
 
     def accumulate(self, batch: Batch, total_items: float, *, last: bool) -> None:
         self.model.set_train(True)
