@@ -189,13 +189,21 @@ def test_nothing_is_read_before_the_end_of_a_window(tmp_path):
 def _after_a_proof(world, folder, proves, few_shapes):
     """The losses and the state of three steps with dropout."""
     strategy = create(world, folder, model={"dropout": 0.1})
+    tokens, samples = 60, 12
     if few_shapes:
-        # As on NPUs: lengths and rows are filled up.
+        # As on NPUs: lengths and rows are filled up. The proof has 6 rows, the first micro-batch 4.
         strategy._accelerator = "ascend"
-    view = tiny.windows(world, tiny.random_table(36), global_batch=12, micro_batch=6, max_tokens=60)
+        tokens, samples = 240, 10
+    view = tiny.windows(
+        world,
+        tiny.random_table(36),
+        global_batch=samples,
+        micro_batch=6,
+        max_tokens=tokens,
+    )
     if proves:
-        proof = prove(strategy, view.collator, micro_batch=6, max_tokens=60, accumulates=True)
-        assert all(rows * length <= 60 for rows, length in proof.shapes)
+        proof = prove(strategy, view.collator, micro_batch=6, max_tokens=tokens, accumulates=True)
+        assert all(rows * length <= tokens for rows, length in proof.shapes)
     losses = []
 
     def after_step(report):
