@@ -62,8 +62,11 @@ def output(
         chosen = max(1, round(_MASKED_SHARE * tokens))
         kept = 4 * tokens * a.embedding_size * residual  # the transform before the vocabulary
     if not in_pieces:
+        whole = _FP32 * chosen * a.vocab_size
         copies = 4 if a.caps_logits else 3
-        return Output(kept=kept + copies * _FP32 * chosen * a.vocab_size, weight=0, work=0)
+        # The loss's gradient at its own place among all tokens, and what the cap makes of it.
+        work = 2 * whole if a.caps_logits else 0
+        return Output(kept=kept + copies * whole, weight=0, work=work)
     kept += chosen * a.embedding_size * (residual + width)
     weight = _FP32 * a.vocab_size * a.embedding_size if is_trained else 0
     return Output(kept=kept, weight=weight, work=_pieces(a, chosen, width, on_cpu))
