@@ -11,7 +11,7 @@ from ftlaunch.strategies.memory.architecture import Architecture
 
 # Logits that exist at a time (the same names in `chunked_loss`; a test compares them).
 CHUNK_ELEMENTS = 1 << 25
-ACCELERATOR_CHUNK_ELEMENTS = 1 << 28
+ACCELERATOR_CHUNK_ELEMENTS = 1 << 27
 # Of a masked language model: the share of tokens that have a label (data.mlm_probability).
 _MASKED_SHARE = 0.15
 _FP32 = 4

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-# Logits that exist at a time: 128 MiB in fp32, and 1 GiB on accelerators. Each piece reads the weight
+# Logits that exist at a time: 128 MiB in fp32, and 512 MiB on accelerators. Each piece reads the weight
 # and the sum of its gradients anew, which on CPUs is little beside what is computed.
 CHUNK_ELEMENTS = 1 << 25
-ACCELERATOR_CHUNK_ELEMENTS = 1 << 28
+ACCELERATOR_CHUNK_ELEMENTS = 1 << 27
 
 
 def _chunks(num_rows: int, width: int, device: torch.device) -> Iterator[slice]:
