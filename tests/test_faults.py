@@ -107,6 +107,7 @@ def test_a_rehearsed_fault_is_named_and_overcome(inputs, undisturbed, tmp_path, 
     assert_no_process_left(out)
 
 
+@pytest.mark.long
 def test_ranks_that_are_executed_are_as_good(inputs, undisturbed, tmp_path):
     out = tmp_path / "out"
     result = ftlaunch(
@@ -240,6 +241,7 @@ def _hungry_model(folder: Path, limit: int) -> Path:
     return model
 
 
+@pytest.mark.long
 def test_no_memory_is_answered_with_half_the_micro_batch(inputs, undisturbed, tmp_path):
     out = tmp_path / "out"
     model = _hungry_model(tmp_path / "model", 1)

@@ -132,6 +132,7 @@ def test_an_evaluation_alone_tells_of_each_sample(inputs, trained):
     assert found["token_accuracy"] == pytest.approx(trained_eval["token_accuracy"])
 
 
+@pytest.mark.long
 def test_an_evaluation_hides_what_the_jobs_own_hid(tmp_path):
     """Its seed and its metrics, both other than the defaults, come with the job."""
     model, data = tmp_path / "model", tmp_path / "data"
