@@ -30,10 +30,13 @@ def fetch_config(
 
     Nothing is refused: the ranks need more of the model than this, and say what they miss.
     """
+    name = options.name_or_path
+    if name is None or looks_local(name):
+        return ""
+    # Not before: a model of this machine needs nothing of that library.
     from huggingface_hub import constants
 
-    name = options.name_or_path
-    if name is None or looks_local(name) or constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         return ""
     if cached_config(name, options.revision) is not None:
         return ""
