@@ -220,3 +220,22 @@ def test_one_row_tells_whether_a_parameter_is_unused(bert):
     assert [shape[0] for shape in found[1][0]] == [1, 1]
     for _, loss, unused in found:
         assert (loss, unused) == (alone[1], False)
+
+
+def _after_different_findings(world, listen_fd, folder):
+    """A step in which rank 1 alone has found that a parameter is unused."""
+    strategy: Any = registry.load("ddp")(tiny.request(world, listen_fd, folder))
+    strategy._has_unused = world.rank == 1
+    view = tiny.windows(world, tiny.random_table(8), global_batch=8, micro_batch=4)
+    indices = view.order.global_batch(0)
+    for batch, last in view.micro_batches(indices, 0):
+        strategy.accumulate(batch, view.total_items(indices, 0), last=last)
+    strategy.apply(1e-3, stop=False, saving=0.0)
+    found = strategy._wrapped.find_unused_parameters
+    strategy.close()
+    return found
+
+
+def test_ranks_agree_on_whether_a_parameter_is_unused(bert):
+    """Who looks for them exchanges more than who does not, and would wait for ever."""
+    assert run_ranks(2, _after_different_findings, bert) == [True, True]

@@ -203,6 +203,9 @@ class TorchDataParallel:
             torch.autograd.backward(self._forward.loss_sum(self.model, batch.one_row()))
             self._has_unused = any(p.grad is None for _, p in self._named)
             self._optimizer.zero_grad(set_to_none=True)
+        # What a rank has computed must not decide alone: one that looks for them exchanges more.
+        found = sum_across_ranks(self.world, np.array([float(self._has_unused)]))
+        self._has_unused = bool(found[0] > 0)
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         arguments: dict[str, Any] = {
             "device_ids": device_ids,
