@@ -130,7 +130,11 @@ def run_all(*targets: Any) -> Any:
     return [process.exitcode for process in processes]
 
 
-def test_the_tables_hold_the_rows(job: Any) -> None:
+@pytest.mark.parametrize("held", [True, False], ids=["held", "in slices"])
+def test_the_tables_hold_the_rows(job: Any, monkeypatch: pytest.MonkeyPatch, held: bool) -> None:
+    """Also tables so large that lengths and labels stay in the slices."""
+    if not held:
+        monkeypatch.setattr(token_table, "_MAX_HELD_ROWS", NUM_TRAIN - 1)
     tokens = job.prepare()
     assert not tokens.hit
     assert (len(tokens.train), len(tokens.eval)) == (NUM_TRAIN, NUM_EVAL)
@@ -154,8 +158,9 @@ def test_the_tables_hold_the_rows(job: Any) -> None:
     assert tokens.uses_token_type_ids and tokens.spec.label_names == ("0", "1", "2")
     assert tokens.train.rows(indices[:0]) == [] and len(tokens.train.lengths(indices[:0])) == 0
     for wrong in ([NUM_TRAIN], [-1]):
-        with pytest.raises(IndexError):
-            tokens.train.rows(np.array(wrong))
+        for ask in (tokens.train.rows, tokens.train.lengths, tokens.train.labels):
+            with pytest.raises(IndexError):
+                ask(np.array(wrong))
 
 
 def test_rows_are_views_of_the_files(job: Any) -> None:

@@ -1,7 +1,8 @@
 """The tokens of one split as a table over memory-mapped slices. Reads them; knows no text.
 
-A split of n samples lies in files of `slice_rows(n)` samples each. Memory does not grow with n:
-the maps belong to the page cache, and only so many are open at a time.
+A split of n samples lies in files of `slice_rows(n)` samples each. Memory does not grow with n, but for
+lengths and labels up to a million samples: the maps belong to the page cache, and only so many are open
+at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,9 @@ _MAX_SLICE_ROWS = 65_536
 _USUAL_MAX_SLICES = 64
 # Each map keeps a file descriptor.
 _MAX_OPEN_SLICES = 128
+# Of larger tables lengths and labels stay in their slices: to go through those of a step's samples takes
+# 0.01 ms for each slice that they lie in.
+_MAX_HELD_ROWS = 1 << 20
 
 
 def slice_rows(num_samples: int) -> int:
@@ -81,11 +85,22 @@ class TableShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Slice:
+    """bounds   the offsets as Python's integers, which numpy gives a place of an array slowly"""
+
     input_ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
+    bounds: memoryview
     token_type_ids: NDArray[np.uint8] | None
     labels: NDArray[Any]
     items: NDArray[np.int32] | None
+
+    def column(self, name: str, rows: NDArray[np.int64] | slice = slice(None)) -> NDArray[Any]:
+        if name == "lengths":
+            ends = self.offsets[1:][rows]
+            return ends - self.offsets[:-1][rows]
+        values = self.labels if name == "labels" else self.items
+        assert values is not None
+        return values[rows]
 
 
 def check_slice(shape: TableShape, number: int) -> SliceFacts:
@@ -107,66 +122,71 @@ class TokenTable:
         self.num_too_long = sum(f.num_too_long for f in facts)
         self.max_token_id = max(f.max_token_id for f in facts)
         self._slice = functools.lru_cache(_MAX_OPEN_SLICES)(self._open_slice)
+        self._held: dict[str, NDArray[Any]] = {}
 
     def __len__(self) -> int:
         return self._shape.num_samples
 
     def lengths(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Number of tokens of each sample."""
-        result = np.empty(len(indices), dtype=np.int64)
-        for piece, where, rows in self._by_slice(indices):
-            result[where] = piece.offsets[rows + 1] - piece.offsets[rows]
-        return result
+        return self._column("lengths", indices, np.dtype(np.int64))
 
     def labels(self, indices: NDArray[np.int64]) -> NDArray[Any]:
         """By row: (samples,) int64 classes or float32 targets; by output: (samples, outputs) float32."""
         assert self._shape.layout.per != "token"
         width = (self._shape.num_outputs,) if self._shape.layout.per == "output" else ()
-        result = np.empty((len(indices), *width), dtype=self._shape.layout.dtype)
-        for piece, where, rows in self._by_slice(indices):
-            result[where] = piece.labels[rows]
-        return result
+        return self._column("labels", indices, self._shape.layout.dtype, width)
 
     def rows(
         self, indices: NDArray[np.int64]
     ) -> list[tuple[NDArray[np.int32], NDArray[np.uint8] | None]]:
         """(input_ids, token_type_ids) of each sample: read-only views of the files."""
         result: list[Any] = [None] * len(indices)
-        for piece, where, rows in self._by_slice(indices):
-            bounds = zip(
-                piece.offsets[rows].tolist(), piece.offsets[rows + 1].tolist(), strict=True
+        for position, piece, begin, end in self._each(indices):
+            types = piece.token_type_ids
+            result[position] = (
+                piece.input_ids[begin:end],
+                None if types is None else types[begin:end],
             )
-            for position, (begin, end) in zip(where.tolist(), bounds, strict=True):
-                types = piece.token_type_ids
-                result[position] = (
-                    piece.input_ids[begin:end],
-                    None if types is None else types[begin:end],
-                )
         return result
 
     def items(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Number of supervised tokens of each sample. Labels by token only."""
-        result = np.empty(len(indices), dtype=np.int64)
+        return self._column("items", indices, np.dtype(np.int64))
+
+    def _column(
+        self,
+        name: Literal["lengths", "labels", "items"],
+        indices: NDArray[np.int64],
+        dtype: np.dtype[Any],
+        width: tuple[int, ...] = (),
+    ) -> NDArray[Any]:
+        """(samples, *width) What the rows have beside their tokens."""
+        if len(self) <= _MAX_HELD_ROWS:
+            if name not in self._held:
+                columns = [self._slice(i).column(name) for i in range(num_slices(len(self)))]
+                self._held[name] = np.concatenate([np.empty((0, *width), dtype), *columns])
+            held = self._held[name]
+            if len(indices):
+                self._check(int(indices.min()), int(indices.max()))
+            found: NDArray[Any] = held[indices]
+            return found
+        result = np.empty((len(indices), *width), dtype=dtype)
         for piece, where, rows in self._by_slice(indices):
-            assert piece.items is not None
-            result[where] = piece.items[rows]
+            result[where] = piece.column(name, rows)
         return result
 
     def samples(self, indices: NDArray[np.int64]) -> list[TokenSample]:
         """Read-only views of the files. Labels by token only."""
         assert self._shape.layout.per == "token"
         result: list[Any] = [None] * len(indices)
-        for piece, where, rows in self._by_slice(indices):
-            bounds = zip(
-                piece.offsets[rows].tolist(), piece.offsets[rows + 1].tolist(), strict=True
+        for position, piece, begin, end in self._each(indices):
+            types = piece.token_type_ids
+            result[position] = TokenSample(
+                input_ids=piece.input_ids[begin:end],
+                token_type_ids=None if types is None else types[begin:end],
+                labels=piece.labels[begin:end],
             )
-            for position, (begin, end) in zip(where.tolist(), bounds, strict=True):
-                types = piece.token_type_ids
-                result[position] = TokenSample(
-                    input_ids=piece.input_ids[begin:end],
-                    token_type_ids=None if types is None else types[begin:end],
-                    labels=piece.labels[begin:end],
-                )
         return result
 
     def origins(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -184,27 +204,50 @@ class TokenTable:
         self, indices: NDArray[np.int64]
     ) -> Iterator[tuple[_Slice, NDArray[np.int64], NDArray[np.int64]]]:
         """(slice, positions in `indices`, rows in the slice)."""
-        indices = np.asarray(indices, dtype=np.int64)
-        if not len(indices):
+        # Sorted once, so that a slice costs what it gives and not a look at all samples.
+        order, numbers, rows = self._places(indices)
+        if not len(numbers):
             return
-        # Sorted once, so that a slice costs what it gives and not a look at all samples: the few of a
-        # micro-batch lie in nearly as many slices.
-        order = np.argsort(indices)
-        ascending = indices[order]
-        if ascending[0] < 0 or ascending[-1] >= len(self):
-            raise IndexError(f"sample numbers must be 0 to {len(self) - 1}")
-        numbers, rows = np.divmod(ascending, self._slice_rows)
         begin = 0
         for end in [*(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(indices)]:
             yield self._slice(int(numbers[begin])), order[begin:end], rows[begin:end]
             begin = end
 
+    def _each(self, indices: NDArray[np.int64]) -> Iterator[tuple[int, _Slice, int, int]]:
+        """(position in `indices`, slice, first of its tokens in the slice, first behind them).
+
+        One by one: the few samples of a micro-batch lie in nearly as many slices.
+        """
+        order, numbers, rows = self._places(indices)
+        for position, number, row in zip(
+            order.tolist(), numbers.tolist(), rows.tolist(), strict=True
+        ):
+            piece = self._slice(number)
+            yield position, piece, piece.bounds[row], piece.bounds[row + 1]
+
+    def _places(
+        self, indices: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """(positions in `indices`, slices, rows in them), slice by slice. IndexError for no sample."""
+        order = np.argsort(indices)
+        ascending = np.asarray(indices, dtype=np.int64)[order]
+        if len(ascending):
+            self._check(int(ascending[0]), int(ascending[-1]))
+        numbers, rows = np.divmod(ascending, self._slice_rows)
+        return order, numbers, rows
+
+    def _check(self, least: int, most: int) -> None:
+        if least < 0 or most >= len(self):
+            raise IndexError(f"sample numbers must be 0 to {len(self) - 1}")
+
     def _open_slice(self, number: int) -> _Slice:
         file = open_file(slice_path(self._shape.folder, self._shape.split, number))
         _read_facts(file, self._shape, number)
+        offsets = file.tensor("offsets")
         return _Slice(
             input_ids=file.tensor("input_ids"),
-            offsets=file.tensor("offsets"),
+            offsets=offsets,
+            bounds=memoryview(cast(Any, offsets)),
             token_type_ids=(
                 file.tensor("token_type_ids") if self._shape.uses_token_type_ids else None
             ),
