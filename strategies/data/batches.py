@@ -90,7 +90,7 @@ class Collator:
     def total_items(self, indices: NDArray[np.int64], *, epoch: int = 0) -> float:
         """Sum of the loss weights of these samples: what the window's loss is divided by."""
         if self.class_weights is None:
-            # One for each label: as many as one sample has, and nothing to look up.
+            # One for each label: as many as one sample has.
             return float(len(indices) * self.table.labels(indices[:1]).size)
         return float(self.weights(self.table.labels(indices)).sum(dtype=np.float64))
 
@@ -128,18 +128,15 @@ def pad_inputs(
     rows: Sequence[tuple[NDArray[Any], NDArray[Any] | None]], pad_token_id: int, multiple: int = 1
 ) -> dict[str, NDArray[np.int64]]:
     """Rows of (input_ids, token_type_ids) as arrays of the longest one's length, rounded up."""
-    longest = max(len(ids) for ids, _ in rows)
-    length = math.ceil(longest / multiple) * multiple
-    input_ids = np.full((len(rows), length), pad_token_id, dtype=np.int64)
-    attention_mask = np.zeros_like(input_ids)
-    token_type_ids = np.zeros_like(input_ids)
-    for row, (ids, types) in enumerate(rows):
-        input_ids[row, : len(ids)] = ids
-        attention_mask[row, : len(ids)] = 1
-        if types is not None:
-            token_type_ids[row, : len(ids)] = types
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    lengths = [len(ids) for ids, _ in rows]
+    length = math.ceil(max(lengths) / multiple) * multiple
+    is_token = np.arange(length) < np.array(lengths)[:, None]
+    input_ids = np.full(is_token.shape, pad_token_id, dtype=np.int64)
+    input_ids[is_token] = np.concatenate([ids for ids, _ in rows])
+    inputs = {"input_ids": input_ids, "attention_mask": is_token.astype(np.int64)}
     if rows[0][1] is not None:
+        token_type_ids = np.zeros_like(input_ids)
+        token_type_ids[is_token] = np.concatenate([types for _, types in rows if types is not None])
         inputs["token_type_ids"] = token_type_ids
     return inputs
 
