@@ -103,7 +103,11 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _encode(line: Mapping[str, Any]) -> bytes:
-    return json.dumps(strict(line), allow_nan=False).encode("ascii") + b"\n"
+    try:
+        text = json.dumps(line, allow_nan=False)
+    except ValueError:
+        text = json.dumps(strict(line), allow_nan=False)
+    return text.encode("ascii") + b"\n"
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:

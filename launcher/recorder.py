@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -193,7 +193,7 @@ class Recorder:
         if message.step <= self._running.step:
             self.rewind(message.step - 1)
         self._running = self._running.after(message)
-        self._totals.append(asdict(self._running))
+        self._totals.append(self._running.to_line())
         if not message.applied:
             self._event(
                 "skipped",
@@ -274,7 +274,11 @@ class _Running:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> _Running:
-        return cls(**{key: line[key] for key in asdict(cls()) if key in line})
+        return cls(**{each.name: line[each.name] for each in fields(cls) if each.name in line})
+
+    def to_line(self) -> dict[str, Any]:
+        # Of every step: asdict copies every value.
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def after(self, message: StepDone) -> _Running:
         rate = message.samples_per_second
