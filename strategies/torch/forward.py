@@ -39,7 +39,8 @@ class Forward:
         self._seed(batch.seed)
         if not batch.is_of_tokens:
             logits = self.logits(model, batch)
-            return self.loss(logits, self._moved(batch.labels), self._moved(batch.weights))
+            weights = None if (batch.weights == 1).all() else self._moved(batch.weights)
+            return self.loss(logits, self._moved(batch.labels), weights)
         chosen, weights = self._choose(batch, batch.weights != 0)
         if self.head is not None:
             if self.head.is_unknown:

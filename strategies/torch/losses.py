@@ -19,8 +19,10 @@ def cross_entropy_sum(
     logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor:
     """Sum over rows of weight · −log softmax(logits)[label]; logits (rows, classes)."""
+    if weights is None:
+        return functional.cross_entropy(logits.float(), labels, reduction="sum")
     losses = functional.cross_entropy(logits.float(), labels, reduction="none")
-    return _weighted_sum(losses, weights)
+    return (losses * weights).sum()
 
 
 def squared_error_sum(
