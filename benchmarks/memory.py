@@ -136,7 +136,7 @@ def measure_rank(world: World, listen_fd: int | None, cell: Cell, folder: Path) 
                     last = number == cell.micro_batches - 1
                     strategy.accumulate(batch, total, last=last)
             with torch.autograd.profiler.record_function("phase apply"):
-                strategy.apply(1e-5, stop=False, saving=0.0)
+                strategy.apply(1e-5)
     return peaks(profiler)
 
 

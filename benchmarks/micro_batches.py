@@ -154,7 +154,7 @@ def _seconds(strategy: Strategy, view: Windows, steps: int) -> float:
         window = view.window(step)
         for batch, last in view.batches(window):
             strategy.accumulate(batch, window.total_items, last=last)
-        strategy.apply(1e-5, stop=False, saving=0.0)
+        strategy.apply(1e-5)
     return (time.process_time() - started) / steps
 
 

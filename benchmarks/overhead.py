@@ -4,7 +4,7 @@
 
 Real jobs of the `ftlaunch` command (agents, ranks, events, records) train a model of one matrix, with
 1 rank and with 2, with 1 micro-batch a step and with 4. In the same ranks two plain torch loops run the
-same steps, turn by turn with ours in blocks: the same model object, DDP around it and optimizer, the
+same steps, turn by turn with ours in blocks: a copy of the model with a DDP and an optimizer of its own, the
 same micro-batches, made to tensors before the clock runs. The one has
 
     forward, loss, loss.backward() (under no_sync() but for the last), optimizer.step(), zero_grad()
@@ -15,11 +15,11 @@ and the other what a loop has that clips its gradients and knows the loss of all
 
 The overhead is what ours takes longer than the first, rank 0's seconds a step: what is not forward,
 backward, reduce and step. Counted are the order of the samples, dealing and padding them, making
-tensors, seeds, the norm of the gradients, the exchange in which ranks agree on overflow and stopping,
+tensors, seeds, the norm of the gradients, what ranks tell each other,
 reports and what the agent and the coordinator take from a rank's cores meanwhile. Not counted: DDP's own
 reduction, and what DDP and autograd take for themselves in Python, which the plain loop pays as well;
-nor the first block of the job and its last, with which it ends and saves. How long that exchange takes
-of it, waiting for the other ranks included, and what ours takes longer than the second is shown, too.
+nor the first block of the job and its last, with which it ends and saves. What ours
+takes longer than the second is shown, too.
 
 Beside the clock's time stands the processor time of rank 0's process, which other work on the machine
 does not lengthen much.
@@ -182,7 +182,6 @@ def row_of(name: str, found: dict[str, Any]) -> list[str]:
         name,
         shown(longer("wall", bare)),
         f"{median(longer('processor', bare)):.2f}",
-        shown([1e3 * each for each in found["exchange"]]),
         shown(longer("wall", agreeing)),
         f"{median(longer('processor', agreeing)):.2f}",
         " / ".join(medians),
@@ -222,7 +221,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ranks x micro-batches",
         "overhead, ms a step",
         "processor ms",
-        "of it the exchange",
         "beside a loop that clips and sums",
         "processor ms",
         "ours / bare / clips and sums, ms",

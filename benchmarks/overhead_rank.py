@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import cProfile
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from ftlaunch.launcher import worker
 from ftlaunch.strategies import training
@@ -49,44 +52,32 @@ class InTurn:
         last = others.pop("total_steps")
         profile = cProfile.Profile() if os.environ.get(_PROFILE_VARIABLE) else None
 
-        exchanging = 0.0
-        all_reduce = dist.all_reduce
-
-        def exchange(*args: Any, **options: Any) -> Any:
-            nonlocal exchanging
-            started = time.perf_counter()
-            try:
-                return all_reduce(*args, **options)
-            finally:
-                exchanging += time.perf_counter() - started
-
         def ours(total_steps: int) -> None:
             if profile is not None:
                 profile.enable()
-            with mock.patch.object(dist, "all_reduce", exchange):
-                train(strategy, windows, schedule, cursor, total_steps=total_steps, **others)
+            train(strategy, windows, schedule, cursor, total_steps=total_steps, **others)
             if profile is not None:
                 profile.disable()
 
         ours(self._steps)
+        model, optimizer = plain_copy(strategy)
+        warm_up = [make(windows, step) for step in range(cursor.step)]
+        plain(model, optimizer, warm_up, agrees=True)
         wall: list[list[float]] = []
         processor: list[list[float]] = []
-        exchanges: list[float] = []
         for _ in range(self._blocks):
             first = cursor.step
             made = [make(windows, step) for step in range(first, first + self._steps)]
             sides: list[Callable[[], None]] = [
-                lambda first=first: ours(first + self._steps),  # type: ignore[misc]
-                lambda made=made: plain(strategy, made, agrees=False),  # type: ignore[misc]
-                lambda made=made: plain(strategy, made, agrees=True),  # type: ignore[misc]
+                partial(ours, first + self._steps),
+                partial(plain, model, optimizer, made, agrees=False),
+                partial(plain, model, optimizer, made, agrees=True),
             ]
             taken = [(0.0, 0.0)] * len(sides)
-            exchanging = 0.0
             for number in range(len(sides)):
                 side = (number + len(wall)) % len(sides)
                 strategy.sum_across_ranks(np.zeros(1))
                 taken[side] = timed(sides[side])
-            exchanges.append(exchanging / self._steps)
             wall.append([each[0] / self._steps for each in taken])
             processor.append([each[1] / self._steps for each in taken])
         # The end of the job, with its checkpoint, is in no block that is measured.
@@ -95,7 +86,7 @@ class InTurn:
             if profile is not None:
                 profile.dump_stats(os.environ[_PROFILE_VARIABLE])
             with open(self._result, "w") as file:
-                json.dump({"wall": wall, "processor": processor, "exchange": exchanges}, file)
+                json.dump({"wall": wall, "processor": processor}, file)
 
 
 def timed(run: Callable[[], None]) -> tuple[float, float]:
@@ -115,13 +106,31 @@ def make(windows: Windows, step: int) -> tuple[list[_Made], float]:
     return made, windows.total_items(indices, step)
 
 
-def plain(strategy: Any, made: list[tuple[list[_Made], float]], *, agrees: bool) -> None:
+def plain_copy(strategy: Any) -> tuple[Any, Any]:
+    """The same model as anyone would train it: DDP where there are several ranks, fused AdamW."""
+    model = copy.deepcopy(strategy.model)
+    if strategy.world.size > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    options = strategy._optimizer.param_groups[0]
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=options["lr"],
+        betas=options["betas"],
+        eps=options["eps"],
+        weight_decay=options["weight_decay"],
+        fused=True,
+    )
+    return model, optimizer
+
+
+def plain(
+    model: Any, optimizer: Any, made: list[tuple[list[_Made], float]], *, agrees: bool
+) -> None:
     """What anyone would write for these micro-batches.
 
     agrees   gradients are clipped, and the ranks sum up their losses
     """
-    model, optimizer = strategy._wrapped, strategy._optimizer
-    ranks = strategy.world.size
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
     for micro_batches, total_items in made:
         losses = torch.zeros((), dtype=torch.float64)
         for number, (inputs, labels) in enumerate(micro_batches):
@@ -129,7 +138,7 @@ def plain(strategy: Any, made: list[tuple[list[_Made], float]], *, agrees: bool)
             with contextlib.nullcontext() if last or ranks == 1 else model.no_sync():
                 logits = model(**inputs).logits
                 loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-                (loss * (ranks / total_items)).backward()
+                torch.autograd.backward(loss * (ranks / total_items))
             if agrees:
                 losses += loss.detach()
         if agrees:

@@ -5,9 +5,9 @@ numpy is the only array library known here; torch and mindspore begin behind `St
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,6 +110,19 @@ class StrategyRequest:
         return not self.trained_head and self.options.data.packing == "samples"
 
 
+class Said(NamedTuple):
+    """What a rank tells the others with a step: whether it was asked to stop, and of the checkpoint that
+    it writes.
+    """
+
+    stop: bool
+    saving: float
+
+
+def say_nothing() -> Said:
+    return Said(stop=False, saving=0.0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:
     """What one optimizer step did; equal on every rank.
@@ -176,8 +189,19 @@ class Strategy(Protocol):
     def sum_across_ranks(self, values: NDArray[Any]) -> NDArray[Any]:
         """Collective: elementwise sum over ranks, in the dtype given (float32 or float64)."""
 
-    def accumulate(self, batch: Batch, total_items: float, *, last: bool) -> None:
-        """Collective if `last`: forward and backward of this rank's share of the global mean loss."""
+    def accumulate(
+        self,
+        batch: Batch,
+        total_items: float,
+        *,
+        last: bool,
+        say: Callable[[], Said] = say_nothing,
+    ) -> None:
+        """Collective if `last`: forward and backward of this rank's share of the global mean loss.
+
+        say   asked once in a step, for what travels to the other ranks with what travels anyway: as late
+              as it can, here with the last micro-batch or in `apply`
+        """
 
     def prove(self, batch: Batch, *, accumulates: bool) -> None:
         """Collective, before the first `accumulate`: forward and backward of the batch with all else in
@@ -188,11 +212,8 @@ class Strategy(Protocol):
         Gradients, optimizer, random numbers, loss scale and weights are afterwards what they were.
         """
 
-    def apply(self, learning_rate: float, *, stop: bool, saving: float) -> StepOutcome:
-        """Collective: agree on overflow, clip, step, clear the gradients.
-
-        stop, saving   what this rank has to tell the others, in the exchange that there is anyway
-        """
+    def apply(self, learning_rate: float) -> StepOutcome:
+        """Collective: agree on overflow, clip, step, clear the gradients."""
 
     def predict(self, batch: Batch) -> NDArray[np.float32]:
         """Collective (every rank the same number of calls): logits, (rows, outputs)."""

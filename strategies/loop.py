@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ftlaunch.strategies.base import Batch, StepOutcome, Strategy
+from ftlaunch.strategies.base import Batch, Said, StepOutcome, Strategy, say_nothing
 from ftlaunch.strategies.data.batches import Batches, micro_batch_seed
 from ftlaunch.strategies.data.dealing import divide
 from ftlaunch.strategies.data.sample_order import SampleOrder
 from ftlaunch.strategies.schedule import Schedule
+
+_Made = tuple["Window", Batch, bool]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,7 +109,7 @@ class Windows:
         for number, batch in enumerate(made):
             yield batch, number == len(dealt) - 1
 
-    def stream(self, first: int, end: int) -> Iterator[tuple[Window, Batch, bool]]:
+    def stream(self, first: int, end: int) -> Iterator[_Made]:
         """The micro-batches of steps `first` to `end` - 1, one after the other."""
         for step in range(first, end):
             window = self.window(step)
@@ -130,13 +132,13 @@ def train(
     cursor: Cursor,
     *,
     total_steps: int,
-    stop_requested: Callable[[], bool],
-    saving: Callable[[], float] = lambda: 0.0,
+    say: Callable[[], Said] = say_nothing,
     ready_to_begin: Callable[[], None] = lambda: None,
     after_step: Callable[[StepReport], bool],
 ) -> None:
     """Collective: train from `cursor` to `total_steps`, or until `after_step` says to end.
 
+    say              what this rank has to tell the others, asked in every step
     ready_to_begin   called once, when the first micro-batch is there
     """
     stream = windows.stream(cursor.step, total_steps)
@@ -148,11 +150,11 @@ def train(
         while not last:
             assert ready is not None
             window, batch, last = ready
-            strategy.accumulate(batch, window.total_items, last=last)
+            strategy.accumulate(batch, window.total_items, last=last, say=say)
             # Made while a device still computes; the next step's first one, too.
             ready = next(stream, None)
         learning_rate = schedule.learning_rate(cursor.applied)
-        outcome = strategy.apply(learning_rate, stop=stop_requested(), saving=saving())
+        outcome = strategy.apply(learning_rate)
         # A skipped step has used up its samples, but neither the schedule nor the weights moved.
         cursor.step += 1
         cursor.applied += outcome.applied

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftlaunch.cluster.errors import UserError
-from ftlaunch.strategies.base import Batch, StepOutcome, Strategy
+from ftlaunch.strategies.base import Batch, Said, StepOutcome, Strategy, say_nothing
 from ftlaunch.strategies.data.sample_order import SampleOrder
 from ftlaunch.strategies.data.synthetic import synthetic_tokens
 from ftlaunch.strategies.data.token_cache import Tokens
@@ -167,7 +167,6 @@ class _Measurement:
             self._schedule,
             self._cursor,
             total_steps=self._cursor.step + count,
-            stop_requested=lambda: False,
             after_step=after_step,
         )
 
@@ -250,21 +249,28 @@ class _Watched:
         self.watches = False
         self.calls: list[tuple[Any, Any]] = []
 
-    def accumulate(self, batch: Batch, total_items: float, *, last: bool) -> None:
+    def accumulate(
+        self,
+        batch: Batch,
+        total_items: float,
+        *,
+        last: bool,
+        say: Callable[[], Said] = say_nothing,
+    ) -> None:
         if not self.watches:
-            self._strategy.accumulate(batch, total_items, last=last)
+            self._strategy.accumulate(batch, total_items, last=last, say=say)
             return
         begin = self._instruments.stamp()
-        self._strategy.accumulate(batch, total_items, last=last)
+        self._strategy.accumulate(batch, total_items, last=last, say=say)
         if last:
             self._instruments.exchange_ended()
         self.calls.append((begin, self._instruments.stamp()))
 
-    def apply(self, learning_rate: float, *, stop: bool, saving: float) -> StepOutcome:
+    def apply(self, learning_rate: float) -> StepOutcome:
         if not self.watches:
-            return self._strategy.apply(learning_rate, stop=stop, saving=saving)
+            return self._strategy.apply(learning_rate)
         begin = self._instruments.stamp()
-        outcome = self._strategy.apply(learning_rate, stop=stop, saving=saving)
+        outcome = self._strategy.apply(learning_rate)
         self.calls.append((begin, self._instruments.stamp()))
         return outcome
 

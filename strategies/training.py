@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ftlaunch.cluster.errors import JobError, UserError
-from ftlaunch.strategies.base import Strategy
+from ftlaunch.strategies.base import Said, Strategy
 from ftlaunch.strategies.best import BestTracker
 from ftlaunch.strategies.checkpoint.agreement import any_rank
 from ftlaunch.strategies.checkpoint.manifest import (
@@ -161,8 +161,7 @@ class TrainingRun:
                 self._schedule,
                 self._cursor,
                 total_steps=self._total_steps,
-                stop_requested=self._stop_requested,
-                saving=self._saver.say,
+                say=self._say,
                 ready_to_begin=lambda: self._stages.begin("first step"),
                 after_step=self._after_step,
             )
@@ -204,6 +203,9 @@ class TrainingRun:
         )
 
     # -- between steps ----------------------------------------------------------------------
+
+    def _say(self) -> Said:
+        return Said(stop=self._stop_requested(), saving=self._saver.say())
 
     def _after_step(self, report: StepReport) -> bool:
         """True to leave the loop."""

@@ -160,7 +160,7 @@ def _questions(world, listen_fd, folder, case):
         strategy.accumulate(
             collator.batch(everything, seed=1), collator.total_items(everything), last=True
         )
-    loss = strategy.apply(0.0, stop=False, saving=0.0).loss
+    loss = strategy.apply(0.0).loss
     with torch.no_grad():
         expected = float(case.full_loss(strategy.model, table, everything, 0))
     return questions.asked, loss / expected
@@ -228,7 +228,7 @@ def _first_passes(world, listen_fd, folder, first):
         assert not strategy.score(nothing).losses.any()
     strategy.accumulate(batch, collator.total_items(everything), last=True)
     scores = strategy.score(batch)
-    found = strategy.apply(0.0, stop=False, saving=0.0).loss
+    found = strategy.apply(0.0).loss
     with torch.no_grad():
         expected = float(case.full_loss(strategy.model, table, everything, 0))
     return found, expected, scores.losses.sum() / collator.total_items(everything)
@@ -326,7 +326,7 @@ def _memory(world, listen_fd, folder, rows, plain):
     batch = Batch(inputs=inputs, labels=labels, weights=weights, indices=np.arange(rows), seed=1)
     strategy.accumulate(batch, float(weights.sum()), last=True)
     took = _peak_bytes() - before
-    return took, strategy.apply(0.0, stop=False, saving=0.0).loss
+    return took, strategy.apply(0.0).loss
 
 
 @pytest.mark.parametrize("rows", [2, pytest.param(8, marks=pytest.mark.long)])

@@ -38,7 +38,7 @@ def _losses(world, listen_fd, folder, name, evaluates=True):
         total = windows.collator.total_items(indices)
         for batch, last in windows.micro_batches(indices, step):
             strategy.accumulate(batch, total, last=last)
-        losses.append(strategy.apply(1e-3, stop=False, saving=0.0).loss)
+        losses.append(strategy.apply(1e-3).loss)
         if evaluates and step == 1:
             strategy.predict(windows.collator.batch(np.arange(3), seed=0))
     return losses
@@ -119,7 +119,7 @@ def _long_rows(world, listen_fd, folder, name, precision, checkpointing):
         window = view.window(step)
         for batch, last in view.batches(window):
             strategy.accumulate(batch, window.total_items, last=last)
-        losses.append(strategy.apply(1e-3, stop=False, saving=0.0).loss)
+        losses.append(strategy.apply(1e-3).loss)
     return losses, calls
 
 

@@ -55,10 +55,10 @@ class _Recording:
     def __init__(self, log):
         self._log = log
 
-    def accumulate(self, batch, total_items, *, last):
+    def accumulate(self, batch, total_items, *, last, say):
         self._log.append(f"accumulate {batch.seed % 1000}{' last' if last else ''}")
 
-    def apply(self, learning_rate, *, stop, saving):
+    def apply(self, learning_rate):
         self._log.append("apply")
         return StepOutcome(
             applied=True,
@@ -97,7 +97,6 @@ def _log_of(first_step, total_steps, *, end_after=None):
         cast(Any, _Schedule()),
         cursor,
         total_steps=total_steps,
-        stop_requested=lambda: False,
         after_step=lambda report: cursor.step == end_after,
     )
     return log, cursor

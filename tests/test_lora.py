@@ -69,7 +69,6 @@ def _run(world, strategy, cursor, until, micro_batch=2):
         _schedule(),
         cursor,
         total_steps=until,
-        stop_requested=lambda: False,
         after_step=after_step,
     )
     return seen

@@ -49,7 +49,6 @@ def _train(world, listen_fd, folder, name, max_tokens):
         _schedule(),
         Cursor(),
         total_steps=STEPS,
-        stop_requested=lambda: False,
         after_step=after_step,
     )
     strategy.close()

@@ -44,7 +44,6 @@ def _train(world, listen_fd, folder, micro_batch):
         _schedule(),
         Cursor(),
         total_steps=STEPS,
-        stop_requested=lambda: False,
         after_step=after_step,
     )
     strategy.close()

@@ -109,7 +109,6 @@ def _train_ours(world, listen_fd, folder, micro_batch):
         Schedule(name="linear", peak=RATE, warmup_steps=0, total_steps=STEPS),
         Cursor(),
         total_steps=STEPS,
-        stop_requested=lambda: False,
         after_step=after_step,
     )
     strategy.close()

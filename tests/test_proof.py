@@ -78,11 +78,11 @@ class _AfterRankZero(TrainingRun):
     def __init__(self, strategy, marker):
         self._strategy, self._stages, self._marker = strategy, Stages(), marker
         self._settings: Any = SimpleNamespace(prove_micro_batch=True)
-        self._emit = self._say if strategy.world.is_main else lambda message: None
+        self._emit = self._note if strategy.world.is_main else lambda message: None
 
     _is_over = False
 
-    def _say(self, message):
+    def _note(self, message):
         self._marker.write_text(message.name)
 
     def _resume(self):
@@ -133,7 +133,6 @@ def _steps(world, strategy, view, cursor, until):
         _schedule(),
         cursor,
         total_steps=until,
-        stop_requested=lambda: False,
         after_step=after_step,
     )
     return losses
@@ -205,7 +204,7 @@ def _first_step(world, listen_fd, folder):
     mine = np.arange(4) if world.is_main else np.zeros(0, dtype=np.int64)
     strategy.accumulate(collator.batch(mine, seed=3), 4.0, last=True)
     unused = strategy._has_unused
-    loss = strategy.apply(1e-3, stop=False, saving=0.0).loss
+    loss = strategy.apply(1e-3).loss
     strategy.close()
     return shapes, loss, unused
 
@@ -230,8 +229,8 @@ def _after_different_findings(world, listen_fd, folder):
     indices = view.order.global_batch(0)
     for batch, last in view.micro_batches(indices, 0):
         strategy.accumulate(batch, view.total_items(indices, 0), last=last)
-    strategy.apply(1e-3, stop=False, saving=0.0)
-    found = strategy._wrapped.find_unused_parameters
+    strategy.apply(1e-3)
+    found = strategy._exchange.ddp.find_unused_parameters
     strategy.close()
     return found
 

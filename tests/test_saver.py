@@ -14,7 +14,7 @@ import pytest
 from ftlaunch.cluster.errors import JobError, UserError
 from ftlaunch.cluster.world import World
 from ftlaunch.strategies import registry
-from ftlaunch.strategies.base import TensorSlice
+from ftlaunch.strategies.base import Said, TensorSlice
 from ftlaunch.strategies.checkpoint import agreement
 from ftlaunch.strategies.checkpoint import saver as saver_module
 from ftlaunch.strategies.checkpoint.manifest import read_manifest
@@ -66,8 +66,7 @@ def _train(world, listen_fd, folder, name, root, *, write, steps=40, beside=True
             Schedule(name="constant", peak=1e-2, warmup_steps=0, total_steps=100),
             cursor,
             total_steps=steps,
-            stop_requested=lambda: False,
-            saving=saver.say,
+            say=lambda: Said(stop=False, saving=saver.say()),
             after_step=after_step,
         )
         saver.finish()

@@ -257,7 +257,6 @@ def _steps(world: Any, listen_fd: Any, folder: Path, name: str) -> Any:
         Schedule(name="constant", peak=1e-3, warmup_steps=0, total_steps=4),
         Cursor(),
         total_steps=4,
-        stop_requested=lambda: False,
         after_step=after_step,
     )
     evaluator = RowEvaluator(

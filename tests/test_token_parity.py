@@ -106,7 +106,6 @@ def _steps(world, listen_fd, folder, name, strategy_name):
         _schedule(),
         Cursor(),
         total_steps=STEPS,
-        stop_requested=lambda: False,
         after_step=after_step,
     )
     collator = case.collator(Selection(table, np.arange(11)))
@@ -225,7 +224,7 @@ def _packed_loss(world, listen_fd, folder, name, attention):
             collator.batch(everything, seed=1), collator.total_items(everything), last=True
         )
         gradient = _flat(strategy.model).double().numpy()
-        found.append((strategy.apply(0.0, stop=False, saving=0.0).loss, gradient, len(samples)))
+        found.append((strategy.apply(0.0).loss, gradient, len(samples)))
     return found
 
 
@@ -266,7 +265,7 @@ def _completion_loss(world, listen_fd, folder):
     collator = case.collator(table)
     batch = collator.batch(np.arange(2), seed=1)
     strategy.accumulate(batch, collator.total_items(np.arange(2)), last=True)
-    found = strategy.apply(0.0, stop=False, saving=0.0).loss
+    found = strategy.apply(0.0).loss
     total = 0.0
     with torch.no_grad():
         for prompt, rest in zip(prompts, completions, strict=True):

@@ -327,7 +327,7 @@ def _weights_after(world, listen_fd, folder):
         for batch, last in view.micro_batches(indices, step):
             poisoned = replace(batch, weights=batch.weights * np.float32(factor))
             strategy.accumulate(poisoned, 12.0, last=last)
-        outcomes.append(strategy.apply(1e-3, stop=False, saving=0.0))
+        outcomes.append(strategy.apply(1e-3))
     weights = np.concatenate([p.detach().numpy().ravel() for p in strategy.model.parameters()])
     strategy.close()
     return [outcome.applied for outcome in outcomes], weights

@@ -65,7 +65,6 @@ def _train(world, listen_fd, folder, name, micro_batch, deepspeed=None):
         _schedule(),
         Cursor(),
         total_steps=STEPS,
-        stop_requested=lambda: False,
         after_step=after_step,
     )
     return seen
@@ -136,7 +135,6 @@ def _steps(world, strategy, cursor, until):
         _schedule(),
         cursor,
         total_steps=until,
-        stop_requested=lambda: False,
         after_step=after_step,
     )
     return seen
@@ -494,7 +492,6 @@ def _overflow(world, listen_fd, folder, name, precision, deepspeed):
     train(
         *(strategy, windows, _schedule(), cursor),
         total_steps=2,
-        stop_requested=lambda: False,
         after_step=after_step,
     )
     return [(outcome.applied, outcome.culprit) for outcome in outcomes], cursor.applied

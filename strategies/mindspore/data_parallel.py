@@ -9,7 +9,7 @@ overflow → unscale and clip → AdamW.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import mindspore as ms
@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 
 from ftlaunch.strategies.base import (
     Batch,
+    Said,
     StateReader,
     StepOutcome,
     StrategyRequest,
     TensorSlice,
     TokenScores,
+    say_nothing,
 )
 from ftlaunch.strategies.loss_scale import LossScaler
 from ftlaunch.strategies.mindspore.adamw import MOMENTS, AdamW
@@ -123,6 +125,7 @@ class MindSporeDataParallel:
         self._gradients: list[Any] | None = None
         # (sum of losses, divisor) of each micro-batch of the window. Who reads one waits for the NPU.
         self._losses: list[tuple[Any, float]] = []
+        self._say: Callable[[], Said] = say_nothing
         # The most rows of a micro-batch so far, in training and in evaluation, by padded length.
         self._most_rows: dict[str, dict[int, int]] = {"train": {}, "eval": {}}
 
@@ -146,7 +149,15 @@ class MindSporeDataParallel:
         # Its rows are no reason for filler in a later micro-batch: dropout would draw in another shape.
         self._most_rows["train"] = rows_before
 
-    def accumulate(self, batch: Batch, total_items: float, *, last: bool) -> None:
+    def accumulate(
+        self,
+        batch: Batch,
+        total_items: float,
+        *,
+        last: bool,
+        say: Callable[[], Said] = say_nothing,
+    ) -> None:
+        self._say = say
         self.model.set_train(True)
         seed_dropout(batch.seed)
         factor = self._scaler.scale / total_items
@@ -177,7 +188,7 @@ class MindSporeDataParallel:
             batch, rows=rows, pad_token_id=self._pad_token_id, max_length=self._max_length
         )
 
-    def apply(self, learning_rate: float, *, stop: bool, saving: float) -> StepOutcome:
+    def apply(self, learning_rate: float) -> StepOutcome:
         assert self._gradients is not None, "apply before any accumulate"
         mine, self._gradients = self._gradients, None
         buckets = self._flatten(mine)
@@ -190,7 +201,7 @@ class MindSporeDataParallel:
         if not culprit_here and not math.isfinite(norm):
             culprit_here = self._first_bad(self._unflatten(buckets))
         # An explicit flag: where an NPU saturates, an infinite gradient arrives as a finite one.
-        said = np.array([self._window_loss(), culprit_here, stop, saving], dtype=np.float64)
+        said = np.array([self._window_loss(), culprit_here, *self._say()], dtype=np.float64)
         heard = gather(self.world, said)
         loss, _, stops, saving = heard.sum(axis=0).tolist()
         culprits = [int(number) for number in heard[:, 1] if number]

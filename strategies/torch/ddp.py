@@ -6,23 +6,24 @@ Weights, gradients and moments are fp32 whatever the precision; bf16 and fp16 ar
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
-from torch.nn.parallel import DistributedDataParallel
 
+from ftlaunch.cluster.errors import JobError
 from ftlaunch.strategies.base import (
     Batch,
+    Said,
     StateReader,
     StepOutcome,
     StrategyRequest,
     TensorSlice,
     TokenScores,
+    say_nothing,
 )
 from ftlaunch.strategies.loss_scale import LossScaler
 from ftlaunch.strategies.torch.forward import Forward
@@ -33,6 +34,7 @@ from ftlaunch.strategies.torch.group import (
     sum_across_ranks,
     use_device,
 )
+from ftlaunch.strategies.torch.ledger import DataParallel
 from ftlaunch.strategies.torch.lora import has_adapter
 from ftlaunch.strategies.torch.losses import LOSSES
 from ftlaunch.strategies.torch.model import aliases_of, load_model, model_files
@@ -63,7 +65,8 @@ class TorchDataParallel:
         self.world = request.world
         self.model = model
         self.device = device
-        self._wrapped: Any = None
+        # Gradients are exchanged by it; None: by nobody, or it is not there yet.
+        self._exchange: DataParallel | None = None
         # Whether some parameter has no gradient; None: not looked for yet.
         self._has_unused: bool | None = None
         self._forward = Forward(
@@ -95,18 +98,21 @@ class TorchDataParallel:
             fused=True,
         )
         self._window_loss = torch.zeros((), dtype=torch.float64, device=device)
+        # What is said in a step, for one rank alone; steps that had an overflow, in this process.
+        self._heard: torch.Tensor | None = None
+        self._skipped = 0
         if request.packs_samples:
             self._forward.check_borders(model)
 
     @property
     def exchanges_in_backward(self) -> bool:
         """The last backward pass of a step waits until all gradients have been exchanged."""
-        return isinstance(self._wrapped, DistributedDataParallel)
+        return self._exchange is not None
 
     # -- the step ---------------------------------------------------------------------------
 
     def prove(self, batch: Batch, *, accumulates: bool) -> None:
-        assert self._wrapped is None, "the reducer has seen gradients"
+        assert self._exchange is None, "the reducer has seen gradients"
         parameters = [p for _, p in self._named]
         alone = self.world.size == 1
         used: set[torch.Tensor] = set()
@@ -129,31 +135,51 @@ class TorchDataParallel:
             torch.autograd.backward(loss_sum * self._scaler.scale)
         self._has_unused = len(used) < len(parameters)
 
-    def accumulate(self, batch: Batch, total_items: float, *, last: bool) -> None:
-        if self._wrapped is None:
-            self._wrapped = self._wrap(batch)
+    def accumulate(
+        self,
+        batch: Batch,
+        total_items: float,
+        *,
+        last: bool,
+        say: Callable[[], Said] = say_nothing,
+    ) -> None:
+        if self._exchange is None and self.world.size > 1:
+            self._exchange = self._begin_exchange(batch)
         self._forward.set_training(self.model, True)
-        alone = not isinstance(self._wrapped, DistributedDataParallel)
-        quiet = contextlib.nullcontext() if last or alone else self._wrapped.no_sync()
+        exchange = self._exchange
+        quiet = contextlib.nullcontext() if last or exchange is None else exchange.no_sync()
         with quiet:
-            loss_sum = self._forward.loss_sum(self._wrapped, batch)
+            loss_sum = self._forward.loss_sum(exchange or self.model, batch)
+            self._window_loss += loss_sum.detach()
             # DDP averages over ranks, so each contributes W times its share of the global mean.
-            factor = self.world.size * self._scaler.scale / total_items
-            torch.autograd.backward(loss_sum * factor)
-        self._window_loss += loss_sum.detach() / total_items
+            loss = loss_sum * (self.world.size * self._scaler.scale / total_items)
+            said = self._said(say(), total_items) if last else None
+            if exchange is None or said is None:
+                torch.autograd.backward(loss)
+            else:
+                exchange.backward(loss, said)
+        if exchange is None:
+            self._heard = said
 
-    def apply(self, learning_rate: float, *, stop: bool, saving: float) -> StepOutcome:
+    def _said(self, said: Said, total_items: float) -> torch.Tensor:
+        """(4,) fp32: the window's loss, whether to stop, who saves, steps skipped so far."""
+        numbers = [0.0, float(said.stop), said.saving, float(self._skipped)]
+        entries = torch.tensor(numbers).to(self.device, non_blocking=True)
+        entries[0] = self._window_loss / total_items
+        return entries
+
+    def apply(self, learning_rate: float) -> StepOutcome:
         gradients = [p.grad for _, p in self._named if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).to(torch.float64)
-        found = torch.stack([self._window_loss, (~torch.isfinite(norm)).to(torch.float64)])
-        said = torch.tensor([float(stop), saving], dtype=torch.float64)
-        shared = torch.cat([found, said.to(self.device, non_blocking=True)])
-        if self.world.size > 1:
-            dist.all_reduce(shared)
-        loss, overflows, stops, saving = shared.tolist()
-        overflow = overflows > 0
+        norm = torch.nn.utils.get_total_norm(gradients)
+        heard = self._heard if self._exchange is None else self._exchange.heard()
+        assert heard is not None, "apply before the last micro-batch"
+        # All at once: who asks a device for a number waits for it.
+        scaled_norm, loss, stops, saving, skipped = torch.cat([norm[None], heard]).tolist()
+        self._check_skipped(skipped)
+        # Of equal gradients every rank finds the same.
+        overflow = not math.isfinite(scaled_norm)
         scale = self._scaler.scale
-        grad_norm = float(norm) / scale
+        grad_norm = scaled_norm / scale
         culprit = None
         if overflow:
             culprit = self._first_not_finite()
@@ -161,8 +187,9 @@ class TorchDataParallel:
             self._step(gradients, grad_norm, scale, learning_rate)
         self._scaler.update(overflow=overflow)
         # DDP's gradients are views of its buckets and stay; others are cheaper dropped than filled.
-        self._optimizer.zero_grad(set_to_none=self._wrapped is self.model)
+        self._optimizer.zero_grad(set_to_none=self._exchange is None)
         self._window_loss.zero_()
+        self._skipped += overflow
         return StepOutcome(
             applied=not overflow,
             loss=loss,
@@ -170,8 +197,18 @@ class TorchDataParallel:
             loss_scale=scale,
             culprit=culprit,
             stop=stops > 0,
-            saving=saving,
+            # A sum of whole numbers: `DataParallel.heard`.
+            saving=float(round(saving)),
         )
+
+    def _check_skipped(self, total: float) -> None:
+        """JobError when ranks have not skipped the same steps: nothing that they compute is right then."""
+        if round(total) != self._skipped * self.world.size:
+            raise JobError(
+                f"rank {self.world.rank} has skipped {self._skipped} steps because gradients were not "
+                f"finite, and all {self.world.size} ranks together {round(total)}: they had not the "
+                "same gradients. The network or a device changes data on its way."
+            )
 
     def _step(
         self, gradients: list[torch.Tensor], grad_norm: float, scale: float, learning_rate: float
@@ -191,13 +228,11 @@ class TorchDataParallel:
                 return name
         return None
 
-    def _wrap(self, batch: Batch) -> Any:
-        """DDP around the model. One backward pass beforehand, the proof's or one of a single row here,
-        shows whether a parameter is unused, which DDP has to be told: looking for them in every step
-        would cost, not looking would hang.
+    def _begin_exchange(self, batch: Batch) -> DataParallel:
+        """Collective. One backward pass beforehand, the proof's or one of a single row here, shows whether
+        a parameter is unused, which DDP has to be told: looking for them in every step would cost, not
+        looking would hang.
         """
-        if self.world.size == 1:
-            return self.model
         if self._has_unused is None:
             self._forward.set_training(self.model, True)
             torch.autograd.backward(self._forward.loss_sum(self.model, batch.one_row()))
@@ -205,15 +240,7 @@ class TorchDataParallel:
             self._optimizer.zero_grad(set_to_none=True)
         # What a rank has computed must not decide alone: one that looks for them exchanges more.
         found = sum_across_ranks(self.world, np.array([float(self._has_unused)]))
-        self._has_unused = bool(found[0] > 0)
-        device_ids = [self.device.index] if self.device.type == "cuda" else None
-        arguments: dict[str, Any] = {
-            "device_ids": device_ids,
-            "gradient_as_bucket_view": True,
-            "find_unused_parameters": self._has_unused,
-            **_without_buffer_sync(),
-        }
-        return DistributedDataParallel(self.model, **arguments)
+        return DataParallel(self.model, self.device, num_entries=4, has_unused=bool(found[0] > 0))
 
     # -- forward and ranks ------------------------------------------------------------------
 
@@ -230,7 +257,7 @@ class TorchDataParallel:
         return peak_memory_bytes(self.device)
 
     def close(self) -> None:
-        leave_process_group(self._wrapped)
+        leave_process_group(self._exchange)
 
     # -- state ------------------------------------------------------------------------------
 
@@ -290,10 +317,3 @@ class TorchDataParallel:
 
     def model_files(self) -> Mapping[str, bytes]:
         return model_files(self.model)
-
-
-def _without_buffer_sync() -> dict[str, bool]:
-    """Buffers are equal everywhere from the start; torch 2.13 renamed the switch."""
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return {name: False}

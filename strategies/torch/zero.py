@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.base import (
     Batch,
+    Said,
     StateReader,
     StepOutcome,
     StrategyRequest,
     TensorSlice,
     TokenScores,
+    say_nothing,
 )
 from ftlaunch.strategies.deepspeed_config import make_deepspeed_config
 from ftlaunch.strategies.torch.forward import DTYPES, Forward
@@ -191,6 +193,7 @@ class TorchZero:
         self._watch_overflow()
         self._applied_in_a_row = 0
         self._window_loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._say: Callable[[], Said] = say_nothing
 
     # -- the step ---------------------------------------------------------------------------
 
@@ -205,7 +208,15 @@ class TorchZero:
             self._state.drop_gradients()
         del held
 
-    def accumulate(self, batch: Batch, total_items: float, *, last: bool) -> None:
+    def accumulate(
+        self,
+        batch: Batch,
+        total_items: float,
+        *,
+        last: bool,
+        say: Callable[[], Said] = say_nothing,
+    ) -> None:
+        self._say = say
         self._forward.set_training(self._engine, True)
         self._engine.set_gradient_accumulation_boundary(last)
         loss_sum = self._forward.loss_sum(self._engine, batch)
@@ -216,14 +227,14 @@ class TorchZero:
             # Its own count of micro-batches; the boundary is what was set above.
             self._engine.step()
 
-    def apply(self, learning_rate: float, *, stop: bool, saving: float) -> StepOutcome:
+    def apply(self, learning_rate: float) -> StepOutcome:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         scale = float(self._optimizer.loss_scale) if self._enabled_scaler else 1.0
         self._engine.step()
         overflow = bool(self._optimizer.overflow)
         norm = self._engine.get_global_grad_norm()
-        mine = np.array([float(self._window_loss), float(stop), saving], dtype=np.float64)
+        mine = np.array([float(self._window_loss), *self._say()], dtype=np.float64)
         shared = sum_across_ranks(self.world, mine)
         self._window_loss.zero_()
         self._applied_in_a_row = 0 if overflow else self._applied_in_a_row + 1

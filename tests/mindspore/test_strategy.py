@@ -175,7 +175,7 @@ def _reads_of_a_window(world, folder):
         strategy.accumulate(batch, 3.0 * number, last=last)
         ms.Tensor.asnumpy = read
         losses.append(float(strategy._losses[-1][0].asnumpy()) / (3.0 * number))
-    return reads, strategy.apply(0.0, stop=False, saving=0.0).loss, losses
+    return reads, strategy.apply(0.0).loss, losses
 
 
 def test_nothing_is_read_before_the_end_of_a_window(tmp_path):
@@ -216,7 +216,6 @@ def _after_a_proof(world, folder, proves, few_shapes):
         Schedule(name="linear", peak=1e-3, warmup_steps=0, total_steps=9),
         Cursor(),
         total_steps=3,
-        stop_requested=lambda: False,
         after_step=after_step,
     )
     state = {(s.kind, s.name, s.start): np.array(s.values) for s in strategy.state_slices()}
@@ -263,7 +262,6 @@ def _epoch(world, folder):
         Schedule(name="linear", peak=1e-3, warmup_steps=0, total_steps=9),
         Cursor(),
         total_steps=9,
-        stop_requested=lambda: False,
         after_step=after_step,
     )
     strategy.close()
@@ -301,7 +299,7 @@ def _overflow(world, folder, precision, poison):
             bad.flat[5] = np.inf
             strategy._gradients[number] = ms.Tensor(bad)
         before = {n: p.asnumpy().copy() for n, p in strategy._trained}
-        outcome = strategy.apply(1e-3, stop=False, saving=0.0)
+        outcome = strategy.apply(1e-3)
         changed = any(not np.array_equal(before[n], p.asnumpy()) for n, p in strategy._trained)
         seen.append((outcome, changed))
     weights = {n: p.asnumpy().copy() for n, p in strategy._trained}
@@ -352,7 +350,7 @@ def _flag_of_saturation(world, folder):
         return through(ops.clip_by_value(bucket, -65504.0, 65504.0))
 
     vars(data_parallel)["all_reduce"] = saturating
-    outcome = strategy.apply(1e-3, stop=False, saving=0.0)
+    outcome = strategy.apply(1e-3)
     name = strategy._trained[3][0]
     strategy.close()
     return outcome, name
