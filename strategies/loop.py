@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,10 @@ from ftlaunch.strategies.data.batches import Batches, micro_batch_seed
 from ftlaunch.strategies.data.dealing import divide
 from ftlaunch.strategies.data.sample_order import SampleOrder
 from ftlaunch.strategies.schedule import Schedule
+
+# Padded tokens that are made in one go. What comes after a computation, or after others were waited for,
+# finds cold caches: the few samples of a small micro-batch are made in a sixth of the time behind others.
+_TOKENS_AT_ONCE = 16_384
 
 _Made = tuple["Window", Batch, bool]
 
@@ -125,6 +130,23 @@ class Windows:
         return self.collator.total_items(indices, epoch=self.order.epoch(step))
 
 
+def several_at_once(stream: Iterator[_Made], num_tokens: int) -> Iterator[_Made]:
+    """The same, but made until there are so many padded tokens whenever there are none left."""
+    made: deque[_Made] = deque()
+    while True:
+        tokens = 0
+        while tokens < num_tokens:
+            each = next(stream, None)
+            if each is None:
+                break
+            tokens += each[1].num_padded_tokens
+            made.append(each)
+        if not made:
+            return
+        while made:
+            yield made.popleft()
+
+
 def train(
     strategy: Strategy,
     windows: Windows,
@@ -141,7 +163,7 @@ def train(
     say              what this rank has to tell the others, asked in every step
     ready_to_begin   called once, when the first micro-batch is there
     """
-    stream = windows.stream(cursor.step, total_steps)
+    stream = several_at_once(windows.stream(cursor.step, total_steps), _TOKENS_AT_ONCE)
     ready = next(stream, None)
     ready_to_begin()
     while ready is not None:

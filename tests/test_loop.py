@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import torch
 
 from ftlaunch.cluster.world import World
+from ftlaunch.strategies import loop
 from ftlaunch.strategies.base import StepOutcome
 from ftlaunch.strategies.loop import Cursor, train
 from ftlaunch.strategies.torch.forward import Forward
@@ -102,8 +104,11 @@ def _log_of(first_step, total_steps, *, end_after=None):
     return log, cursor
 
 
-def test_the_next_micro_batch_is_made_before_the_step_is_applied():
-    """So a device that still computes never waits for its data. Two steps of two micro-batches."""
+def test_the_next_micro_batch_is_made_before_the_step_is_applied(monkeypatch):
+    """So a device that still computes never waits for its data. Two steps of two micro-batches, each as
+    large as what is made in one go.
+    """
+    monkeypatch.setattr(loop, "_TOKENS_AT_ONCE", 1)
     log, cursor = _log_of(3, 5)
     kinds = [entry.split()[0] + ("!" if entry.endswith("last") else "") for entry in log]
     step = ["accumulate", "make", "accumulate!", "make", "apply"]
@@ -111,6 +116,31 @@ def test_the_next_micro_batch_is_made_before_the_step_is_applied():
     made = [entry.split()[1] for entry in log if entry.startswith("make")]
     assert made == [entry.split()[1] for entry in log if entry.startswith("accumulate")]
     assert cursor.step == cursor.applied == 5
+
+
+def test_small_micro_batches_are_made_several_in_one_go():
+    """Two steps of two: the first asked for brings all, in their order."""
+    log, _ = _log_of(3, 5)
+    kinds = [entry.split()[0] + ("!" if entry.endswith("last") else "") for entry in log]
+    assert kinds == [*["make"] * 4, *["accumulate", "accumulate!", "apply"] * 2]
+    made = [entry.split()[1] for entry in log if entry.startswith("make")]
+    assert made == [entry.split()[1] for entry in log if entry.startswith("accumulate")]
+
+
+def test_no_more_is_made_than_the_tokens_that_are_asked_for():
+    """Batches of 4, 9 and then 2 tokens: ten are reached by two of them, and four of the rest are there."""
+    taken = []
+
+    def stream():
+        for tokens in (4, 9, 2, 2, 2):
+            taken.append(tokens)
+            yield cast(Any, (None, SimpleNamespace(num_padded_tokens=tokens), False))
+
+    several = loop.several_at_once(stream(), 10)
+    for number, expected in enumerate([2, 2, 5, 5, 5]):
+        next(several)
+        assert len(taken) == expected, number
+    assert next(several, None) is None
 
 
 def test_nothing_is_made_where_nothing_is_left_to_do():
