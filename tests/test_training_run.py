@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from ftlaunch.strategies.progress import (
     Saved,
     StepDone,
 )
+from ftlaunch.strategies.torch.group import use_device
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -478,3 +481,21 @@ def test_refusals_before_the_model_is_loaded(folders, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             _run(World.alone(), None, options, tmp_path)
+
+
+def _policies_of_a_rank(world, listen_fd, folder, policy):
+    """Its own and that of a thread that it makes then."""
+    os.sched_setscheduler(0, policy, os.sched_param(0))
+    use_device(tiny.request(world, listen_fd, folder))
+    with ThreadPoolExecutor(1) as pool:
+        return os.sched_getscheduler(0), pool.submit(os.sched_getscheduler, 0).result()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(os.SCHED_OTHER, os.SCHED_BATCH), (os.SCHED_IDLE, os.SCHED_IDLE)],
+    ids=["usual", "chosen"],
+)
+def test_threads_of_a_rank_on_cpus_do_not_interrupt_each_other(tmp_path, before, after):
+    folder = tiny.write_config(tmp_path / "bert", "bert")
+    assert run_ranks(1, _policies_of_a_rank, folder, before) == [(after, after)]
