@@ -105,7 +105,7 @@ def _cut_torn_line(path: Path) -> None:
 def _encode(line: Mapping[str, Any]) -> bytes:
     try:
         text = json.dumps(line, allow_nan=False)
-    except ValueError:
+    except (TypeError, ValueError):
         text = json.dumps(strict(line), allow_nan=False)
     return text.encode("ascii") + b"\n"
 

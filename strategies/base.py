@@ -213,7 +213,7 @@ class Strategy(Protocol):
         """
 
     def apply(self, learning_rate: float) -> StepOutcome:
-        """Collective: agree on overflow, clip, step, clear the gradients."""
+        """Collective: clip and step, or skip what is not finite, the same everywhere; clear gradients."""
 
     def predict(self, batch: Batch) -> NDArray[np.float32]:
         """Collective (every rank the same number of calls): logits, (rows, outputs)."""

@@ -18,7 +18,7 @@ import numpy as np
 from ftlaunch.cluster.errors import JobError, UserError
 from ftlaunch.strategies.base import Said, Strategy
 from ftlaunch.strategies.best import BestTracker
-from ftlaunch.strategies.checkpoint.agreement import any_rank
+from ftlaunch.strategies.checkpoint.agreement import any_rank, of_all_ranks
 from ftlaunch.strategies.checkpoint.manifest import (
     CheckpointDamaged,
     Manifest,
@@ -55,6 +55,9 @@ from ftlaunch.strategies.progress import (
 from ftlaunch.strategies.proof import prove
 from ftlaunch.strategies.schedule import make_schedule
 from ftlaunch.strategies.startup import Stages
+
+# Ranks that a message names each.
+_MOST_COUNTS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,6 +316,15 @@ class TrainingRun:
     def _save(self, *, now: bool) -> None:
         """`now`: nothing follows that it could be written beside."""
         self._emit(Phase(name="save"))
+        applied = of_all_ranks(self._strategy, self._cursor.applied)
+        if (applied != applied[0]).any():
+            counts = ", ".join(f"{count:.0f}" for count in applied[:_MOST_COUNTS])
+            raise JobError(
+                f"nothing is saved after step {self._cursor.step}: of its steps the ranks have applied "
+                f"{counts}{', …' if len(applied) > _MOST_COUNTS else ''}, which should be equal. They "
+                "had not the same gradients: the network, a device or a library gives ranks other "
+                "numbers. The checkpoints before are whole."
+            )
         self._saver.save(self._manifest(), now=now)
 
     def _on_saved(self, saving: Saving) -> None:

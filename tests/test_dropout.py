@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -151,7 +152,7 @@ def test_attention_in_bf16_is_not_widened_and_drops_as_it_should(tmp_path):
         master_port=0,
     )
     is_allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed
-    threads = torch.get_num_threads()
+    threads, policy = torch.get_num_threads(), os.sched_getscheduler(0)
     try:
         use_device(tiny.request(world, None, folder, precision="bf16"))
         assert is_allowed()
@@ -167,3 +168,4 @@ def test_attention_in_bf16_is_not_widened_and_drops_as_it_should(tmp_path):
     finally:
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
         torch.set_num_threads(threads)
+        os.sched_setscheduler(0, policy, os.sched_param(0))

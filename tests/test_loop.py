@@ -128,19 +128,62 @@ def test_small_micro_batches_are_made_several_in_one_go():
 
 
 def test_no_more_is_made_than_the_tokens_that_are_asked_for():
-    """Batches of 4, 9 and then 2 tokens: ten are reached by two of them, and four of the rest are there."""
+    """Windows of 3 ranks with 2 micro-batches each, of 24, 54 and 12 padded tokens: 4, 9 and 2 a micro-batch.
+    Ten are reached by 4, 4 and 9; then by 9 and 2; one of 2 is left.
+    """
     taken = []
 
     def stream():
-        for tokens in (4, 9, 2, 2, 2):
-            taken.append(tokens)
-            yield cast(Any, (None, SimpleNamespace(num_padded_tokens=tokens), False))
+        for padded in (24, 54, 12):
+            window = SimpleNamespace(padded_tokens=padded, dealt=[[None] * 2] * 3)
+            for last in (False, True):
+                taken.append(padded)
+                yield cast(Any, (window, None, last))
 
     several = loop.several_at_once(stream(), 10)
-    for number, expected in enumerate([2, 2, 5, 5, 5]):
+    for number, expected in enumerate([3, 3, 3, 5, 5, 6]):
         next(several)
         assert len(taken) == expected, number
     assert next(several, None) is None
+
+
+def test_no_more_than_64_are_made_in_one_go():
+    window = SimpleNamespace(padded_tokens=1, dealt=[[None]])
+    taken = []
+
+    def stream():
+        while True:
+            taken.append(1)
+            yield cast(Any, (window, None, True))
+
+    next(loop.several_at_once(stream(), 10_000))
+    assert len(taken) == 64
+
+
+def test_all_ranks_make_theirs_before_the_same_micro_batch():
+    """Three epochs of 8 samples of 1 to 8 tokens, 4 a step, on two ranks."""
+
+    def made(rank):
+        view = replace(_windows(world_size=2), rank=rank, micro_batch=1)
+        view = replace(view, order=replace(view.order, global_batch_size=4))
+        made_so_far = 0
+        batches = view.collator.batches
+
+        def counting(runs, **more):
+            nonlocal made_so_far
+            for batch in batches(runs, **more):
+                made_so_far += 1
+                yield batch
+
+        noting = SimpleNamespace(
+            table=view.collator.table, total_items=view.collator.total_items, batches=counting
+        )
+        several = loop.several_at_once(replace(view, collator=cast(Any, noting)).stream(0, 6), 9)
+        return [made_so_far for _ in several]
+
+    first, second = made(0), made(1)
+    assert first == second
+    assert first[0] > 1 and first[0] < len(first)
 
 
 def test_nothing_is_made_where_nothing_is_left_to_do():

@@ -134,7 +134,7 @@ def run_all(*targets: Any) -> Any:
 def test_the_tables_hold_the_rows(job: Any, monkeypatch: pytest.MonkeyPatch, held: bool) -> None:
     """Also tables so large that lengths and labels stay in the slices."""
     if not held:
-        monkeypatch.setattr(token_table, "_MAX_HELD_ROWS", NUM_TRAIN - 1)
+        monkeypatch.setattr(token_table, "_MAX_HELD_BYTES", 8 * NUM_TRAIN - 1)
     tokens = job.prepare()
     assert not tokens.hit
     assert (len(tokens.train), len(tokens.eval)) == (NUM_TRAIN, NUM_EVAL)

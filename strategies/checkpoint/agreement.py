@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ftlaunch.cluster.errors import JobError, UserError
 from ftlaunch.strategies.base import Strategy
@@ -24,10 +25,8 @@ def all_or_none(strategy: Strategy, write: Callable[[], None], what: str) -> Non
         write()
     except OSError as error:
         failure = error
-    # One place for each rank, so that all of them can name the one that failed.
-    codes = np.zeros(strategy.world.size, dtype=np.float64)
-    codes[strategy.world.rank] = 0 if failure is None else failure.errno or errno.EIO
-    codes = strategy.sum_across_ranks(codes)
+    # So that all ranks can name the one that failed.
+    codes = of_all_ranks(strategy, 0 if failure is None else failure.errno or errno.EIO)
     if np.isin(codes, FULL).any():
         raise UserError(
             f"no space left on the disk while writing {what}. Whole checkpoints, if any, are "
@@ -43,6 +42,14 @@ def from_main(strategy: Strategy, value: float) -> float:
     """Collective: rank 0's value."""
     own = value if strategy.world.is_main else 0.0
     return float(strategy.sum_across_ranks(np.array([own], dtype=np.float64))[0])
+
+
+def of_all_ranks(strategy: Strategy, value: float) -> NDArray[np.float64]:
+    """Collective: (ranks,) the values of all ranks."""
+    values = np.zeros(strategy.world.size, dtype=np.float64)
+    values[strategy.world.rank] = value
+    found: NDArray[np.float64] = strategy.sum_across_ranks(values)
+    return found
 
 
 def any_rank(strategy: Strategy, flag: bool) -> bool:

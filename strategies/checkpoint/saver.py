@@ -1,6 +1,6 @@
 """Writes checkpoints beside training: it waits for the copy to the host's memory, not for the disk.
 
-No collective runs in the thread that writes. Ranks tell each other in the step's own exchange
+No collective runs in the thread that writes. Ranks tell each other with each step (`base.Said`)
 whether they still write; when nobody does, rank 0 writes the manifest.
 """
 

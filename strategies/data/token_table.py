@@ -1,8 +1,8 @@
 """The tokens of one split as a table over memory-mapped slices. Reads them; knows no text.
 
 A split of n samples lies in files of `slice_rows(n)` samples each. Memory does not grow with n, but for
-lengths and labels up to a million samples: the maps belong to the page cache, and only so many are open
-at a time.
+lengths, labels and numbers of supervised tokens as long as they are small: the maps belong to the page
+cache, and only so many are open at a time.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _MAX_SLICE_ROWS = 65_536
 _USUAL_MAX_SLICES = 64
 # Each map keeps a file descriptor.
 _MAX_OPEN_SLICES = 128
-# Of larger tables lengths and labels stay in their slices: to go through those of a step's samples takes
-# 0.01 ms for each slice that they lie in.
-_MAX_HELD_ROWS = 1 << 20
+# Of one of them, a million numbers. What is larger stays in the slices: to go through those of a step's
+# samples takes 0.01 ms for each slice that they lie in.
+_MAX_HELD_BYTES = 8 << 20
 
 
 def slice_rows(num_samples: int) -> int:
@@ -162,7 +162,8 @@ class TokenTable:
         width: tuple[int, ...] = (),
     ) -> NDArray[Any]:
         """(samples, *width) What the rows have beside their tokens."""
-        if len(self) <= _MAX_HELD_ROWS:
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(self) * math.prod(width) * dtype.itemsize <= _MAX_HELD_BYTES:
             if name not in self._held:
                 columns = [self._slice(i).column(name) for i in range(num_slices(len(self)))]
                 self._held[name] = np.concatenate([np.empty((0, *width), dtype), *columns])
@@ -243,7 +244,8 @@ class TokenTable:
     def _open_slice(self, number: int) -> _Slice:
         file = open_file(slice_path(self._shape.folder, self._shape.split, number))
         _read_facts(file, self._shape, number)
-        offsets = file.tensor("offsets")
+        # A memoryview gives no numbers of an array that is not aligned; ours are.
+        offsets = np.require(file.tensor("offsets"), requirements="A")
         return _Slice(
             input_ids=file.tensor("input_ids"),
             offsets=offsets,

@@ -39,8 +39,8 @@ class Forward:
         self._seed(batch.seed)
         if not batch.is_of_tokens:
             logits = self.logits(model, batch)
-            weights = None if (batch.weights == 1).all() else self._moved(batch.weights)
-            return self.loss(logits, self._moved(batch.labels), weights)
+            weights = None if (batch.weights == 1).all() else self.moved(batch.weights)
+            return self.loss(logits, self.moved(batch.labels), weights)
         chosen, weights = self._choose(batch, batch.weights != 0)
         if self.head is not None:
             if self.head.is_unknown:
@@ -71,14 +71,14 @@ class Forward:
         """
         positions = np.flatnonzero(which)
         chosen = ChosenTokens(
-            positions=self._moved(positions),
-            labels=self._moved(batch.labels.reshape(-1)[positions]),
+            positions=self.moved(positions),
+            labels=self.moved(batch.labels.reshape(-1)[positions]),
             num_tokens=batch.labels.size,
         )
         weights = batch.weights.reshape(-1)[positions]
-        return chosen, None if (weights == 1).all() else self._moved(weights)
+        return chosen, None if (weights == 1).all() else self.moved(weights)
 
-    def _moved(self, values: NDArray[Any]) -> torch.Tensor:
+    def moved(self, values: NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(values)
         if self.device.type == "cpu":
             return tensor
@@ -86,9 +86,7 @@ class Forward:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
-        inputs: dict[str, Any] = {
-            name: self._moved(values) for name, values in batch.inputs.items()
-        }
+        inputs: dict[str, Any] = {name: self.moved(values) for name, values in batch.inputs.items()}
         if "position_ids" in inputs:
             # Borders of samples are looked for only where there is no cache to be filled.
             inputs["use_cache"] = False

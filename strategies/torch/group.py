@@ -44,8 +44,8 @@ def _take_turns() -> None:
     An exchange over gloo wakes several, and each would interrupt the one that woke it: a step of two ranks
     on two cores takes twice as long. Whoever has chosen another policy keeps it.
     """
-    if os.sched_getscheduler(0) == os.SCHED_OTHER:
-        with contextlib.suppress(OSError):  # a sandbox may forbid it
+    with contextlib.suppress(OSError):  # a sandbox may forbid it
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 

@@ -55,8 +55,8 @@ class DataParallel:
         torch.autograd.backward([loss, self._entries], cast(Any, [None, gradient]))
 
     def heard(self) -> torch.Tensor:
-        """(entries,) The sums of what all ranks have said with the last `backward`. Equal on all ranks, and
-        off by a rounding where the number of ranks is no power of two.
+        """(entries,) The sums of what all ranks have said with the last `backward`, until the next one. Equal
+        on all ranks, and off by a rounding where the number of ranks is no power of two.
         """
         assert self._beside.entries.grad is not None, "heard before backward"
         return self._beside.entries.grad

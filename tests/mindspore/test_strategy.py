@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from ftlaunch.strategies.base import Said
 from ftlaunch.strategies.data.sample_order import samples_digest
 from ftlaunch.strategies.loop import Cursor, train
 from ftlaunch.strategies.proof import prove
@@ -235,6 +236,33 @@ def test_no_bit_differs_after_a_proof(tmp_path, ranks, few_shapes):
         assert all(np.array_equal(state[key], other[key]) for key in state)
 
 
+def _said_and_heard(world, folder):
+    """Two steps, in the second of which rank 1 is asked to stop."""
+    strategy = create(world, folder)
+    view = tiny.windows(world, tiny.random_table(12), global_batch=12, micro_batch=3)
+    asked, heard = [], []
+    for step in range(2):
+        indices = view.order.global_batch(0)
+
+        def say(stop=step == 1 and world.rank == 1):
+            asked.append(stop)
+            return Said(stop=stop, saving=1.0)
+
+        for batch, last in view.micro_batches(indices, 0):
+            strategy.accumulate(batch, 12.0, last=last, say=say)
+        outcome = strategy.apply(1e-3)
+        heard.append((outcome.stop, outcome.saving))
+    strategy.close()
+    return heard, len(asked)
+
+
+def test_all_ranks_hear_what_one_was_asked_for_and_each_is_asked_once_a_step(tmp_path):
+    folder = tiny.write_config(tmp_path / "bert", "bert")
+    for heard, asked in run_ranks(2, _said_and_heard, folder):
+        assert heard == [(False, 2.0), (True, 2.0)]
+        assert asked == 2
+
+
 # -- samples ------------------------------------------------------------------------------------
 
 
@@ -245,9 +273,9 @@ def _epoch(world, folder):
     digests: list[str] = []
     inner = strategy.accumulate
 
-    def accumulate(batch, total_items, *, last):
+    def accumulate(batch, total_items, *, last, say):
         seen.extend(int(index) for index in batch.indices if index >= 0)
-        inner(batch, total_items, last=last)
+        inner(batch, total_items, last=last, say=say)
 
     strategy.accumulate = accumulate
     view = tiny.windows(world, tiny.random_table(100), global_batch=12, micro_batch=3)
