@@ -30,7 +30,8 @@ def test_the_end_of_the_job_is_in_no_measured_block(tmp_path, monkeypatch):
     monkeypatch.setattr(overhead_rank, "train", train)
     monkeypatch.setattr(overhead_rank, "timed", measure)
     monkeypatch.setattr(overhead_rank, "make", lambda windows, step: ([], 1.0))
-    monkeypatch.setattr(overhead_rank, "plain", lambda strategy, made, **others: None)
+    monkeypatch.setattr(overhead_rank, "plain_copy", lambda strategy: (None, None))
+    monkeypatch.setattr(overhead_rank, "plain", lambda model, optimizer, made, **others: None)
     result = tmp_path / "result.json"
     strategy = SimpleNamespace(
         world=SimpleNamespace(is_main=True), sum_across_ranks=lambda numbers: None
