@@ -51,7 +51,8 @@ from ftlaunch.launcher.restarts import Restart, RestartPolicy
 from ftlaunch.launcher.site import Site, find_site, orders_for, ways_to
 from ftlaunch.launcher.startup import StartupClock
 from ftlaunch.strategies.adapter import adapter_folder
-from ftlaunch.strategies.checkpoint.manifest import write_json
+from ftlaunch.strategies.checkpoint.manifest import step_of, write_json
+from ftlaunch.strategies.checkpoint.retention import checkpoint_folders
 from ftlaunch.strategies.data.demo import write_demo
 from ftlaunch.strategies.model_config import check_model_folder, family_of
 from ftlaunch.strategies.progress import (
@@ -264,7 +265,7 @@ class _Job:
         def decide(failure: Failure) -> Restart | None:
             if self._record.disk_error is not None:
                 return None
-            step = self._record.last_saved_step
+            step = self._saved_step()
             return self._policy.decide(
                 failure,
                 progressed=self._record.progressed,
@@ -464,9 +465,19 @@ class _Job:
         codes = {"done": EXIT_DONE, "stopped": EXIT_STOPPED, "interrupted": EXIT_INTERRUPTED}
         return None, codes[outcome.ending]
 
+    def _saved_step(self) -> int:
+        """Of the newest checkpoint; 0 for none. A rank that is lost just then keeps the others from saying
+        that one is whole.
+        """
+        told = self._record.last_saved_step
+        if self._record.first_step_at is None:
+            return told
+        found = [step_of(each) or 0 for each in checkpoint_folders(self._folder / "checkpoints")]
+        return max(told, *found[:1], 0)
+
     def _how_to_go_on(self, done: int) -> str:
         """The last step is not saved if the stop came while the ranks of a failure were ended."""
-        saved = self._record.last_saved_step
+        saved = self._saved_step()
         if not saved:
             if self._record.first_step_at is None:
                 return "stopped before the first step of this run; run the same command again"

@@ -12,9 +12,12 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from ftlaunch.launcher import job
 from tests.jobs import (
     SCRIPT,
     agent_processes,
@@ -616,3 +619,19 @@ def test_the_demo(tmp_path):
     assert summary["eval"]["accuracy"] >= 0.90
     assert (out / "model" / "model.safetensors").is_file()
     assert_no_process_left(out)
+
+
+def test_a_checkpoint_that_nobody_could_tell_of_is_found(tmp_path):
+    """A rank was lost when the manifest was there and the ranks had not met again."""
+    ended: Any = object.__new__(job._Job)
+    ended._folder = tmp_path
+    ended._record = SimpleNamespace(last_saved_step=10, first_step_at=1.0)
+    for step, whole in ((10, True), (20, True), (30, False)):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        if whole:
+            (folder / "manifest.json").write_text("{}")
+    assert ended._how_to_go_on(26).startswith("stopped after step 26; step 20 is saved in ")
+    # Before a step of this run they are those of an earlier one, which it may not have looked at yet.
+    ended._record.last_saved_step, ended._record.first_step_at = 0, None
+    assert "before the first step" in ended._how_to_go_on(0)
