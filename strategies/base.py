@@ -119,6 +119,9 @@ class Said(NamedTuple):
     saving: float
 
 
+Say = Callable[[], Said]
+
+
 def say_nothing() -> Said:
     return Said(stop=False, saving=0.0)
 
@@ -190,12 +193,7 @@ class Strategy(Protocol):
         """Collective: elementwise sum over ranks, in the dtype given (float32 or float64)."""
 
     def accumulate(
-        self,
-        batch: Batch,
-        total_items: float,
-        *,
-        last: bool,
-        say: Callable[[], Said] = say_nothing,
+        self, batch: Batch, total_items: float, *, last: bool, say: Say = say_nothing
     ) -> None:
         """Collective if `last`: forward and backward of this rank's share of the global mean loss.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ftlaunch.strategies.base import Batch, Said, StepOutcome, Strategy, say_nothing
+from ftlaunch.strategies.base import Batch, Say, StepOutcome, Strategy, say_nothing
 from ftlaunch.strategies.data.batches import Batches, micro_batch_seed
 from ftlaunch.strategies.data.dealing import divide
 from ftlaunch.strategies.data.sample_order import SampleOrder
@@ -160,7 +160,7 @@ def train(
     cursor: Cursor,
     *,
     total_steps: int,
-    say: Callable[[], Said] = say_nothing,
+    say: Say = say_nothing,
     ready_to_begin: Callable[[], None] = lambda: None,
     after_step: Callable[[StepReport], bool],
 ) -> None:

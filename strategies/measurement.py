@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftlaunch.cluster.errors import UserError
-from ftlaunch.strategies.base import Batch, Said, StepOutcome, Strategy, say_nothing
+from ftlaunch.strategies.base import Batch, Say, StepOutcome, Strategy, say_nothing
 from ftlaunch.strategies.data.sample_order import SampleOrder
 from ftlaunch.strategies.data.synthetic import synthetic_tokens
 from ftlaunch.strategies.data.token_cache import Tokens
@@ -250,12 +250,7 @@ class _Watched:
         self.calls: list[tuple[Any, Any]] = []
 
     def accumulate(
-        self,
-        batch: Batch,
-        total_items: float,
-        *,
-        last: bool,
-        say: Callable[[], Said] = say_nothing,
+        self, batch: Batch, total_items: float, *, last: bool, say: Say = say_nothing
     ) -> None:
         if not self.watches:
             self._strategy.accumulate(batch, total_items, last=last, say=say)

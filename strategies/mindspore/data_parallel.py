@@ -9,7 +9,7 @@ overflow → unscale and clip → AdamW.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import mindspore as ms
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ftlaunch.strategies.base import (
     Batch,
-    Said,
+    Say,
     StateReader,
     StepOutcome,
     StrategyRequest,
@@ -125,7 +125,7 @@ class MindSporeDataParallel:
         self._gradients: list[Any] | None = None
         # (sum of losses, divisor) of each micro-batch of the window. Who reads one waits for the NPU.
         self._losses: list[tuple[Any, float]] = []
-        self._say: Callable[[], Said] = say_nothing
+        self._say: Say = say_nothing
         # The most rows of a micro-batch so far, in training and in evaluation, by padded length.
         self._most_rows: dict[str, dict[int, int]] = {"train": {}, "eval": {}}
 
@@ -150,12 +150,7 @@ class MindSporeDataParallel:
         self._most_rows["train"] = rows_before
 
     def accumulate(
-        self,
-        batch: Batch,
-        total_items: float,
-        *,
-        last: bool,
-        say: Callable[[], Said] = say_nothing,
+        self, batch: Batch, total_items: float, *, last: bool, say: Say = say_nothing
     ) -> None:
         self._say = say
         self.model.set_train(True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +18,7 @@ from ftlaunch.cluster.errors import JobError
 from ftlaunch.strategies.base import (
     Batch,
     Said,
+    Say,
     StateReader,
     StepOutcome,
     StrategyRequest,
@@ -136,12 +137,7 @@ class TorchDataParallel:
         self._has_unused = len(used) < len(parameters)
 
     def accumulate(
-        self,
-        batch: Batch,
-        total_items: float,
-        *,
-        last: bool,
-        say: Callable[[], Said] = say_nothing,
+        self, batch: Batch, total_items: float, *, last: bool, say: Say = say_nothing
     ) -> None:
         if self._exchange is None and self.world.size > 1:
             self._exchange = self._begin_exchange(batch)

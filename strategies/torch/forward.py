@@ -39,8 +39,7 @@ class Forward:
         self._seed(batch.seed)
         if not batch.is_of_tokens:
             logits = self.logits(model, batch)
-            weights = None if (batch.weights == 1).all() else self.moved(batch.weights)
-            return self.loss(logits, self.moved(batch.labels), weights)
+            return self.loss(logits, self.moved(batch.labels), self._moved_weights(batch.weights))
         chosen, weights = self._choose(batch, batch.weights != 0)
         if self.head is not None:
             if self.head.is_unknown:
@@ -75,8 +74,11 @@ class Forward:
             labels=self.moved(batch.labels.reshape(-1)[positions]),
             num_tokens=batch.labels.size,
         )
-        weights = batch.weights.reshape(-1)[positions]
-        return chosen, None if (weights == 1).all() else self.moved(weights)
+        return chosen, self._moved_weights(batch.weights.reshape(-1)[positions])
+
+    def _moved_weights(self, weights: NDArray[np.float32]) -> torch.Tensor | None:
+        """None where all are 1: the losses need not be multiplied."""
+        return None if (weights == 1).all() else self.moved(weights)
 
     def moved(self, values: NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(values)

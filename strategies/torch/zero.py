@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ftlaunch.cluster.errors import UserError
 from ftlaunch.strategies.base import (
     Batch,
-    Said,
+    Say,
     StateReader,
     StepOutcome,
     StrategyRequest,
@@ -193,7 +193,7 @@ class TorchZero:
         self._watch_overflow()
         self._applied_in_a_row = 0
         self._window_loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._say: Callable[[], Said] = say_nothing
+        self._say: Say = say_nothing
 
     # -- the step ---------------------------------------------------------------------------
 
@@ -209,12 +209,7 @@ class TorchZero:
         del held
 
     def accumulate(
-        self,
-        batch: Batch,
-        total_items: float,
-        *,
-        last: bool,
-        say: Callable[[], Said] = say_nothing,
+        self, batch: Batch, total_items: float, *, last: bool, say: Say = say_nothing
     ) -> None:
         self._say = say
         self._forward.set_training(self._engine, True)
