@@ -78,6 +78,9 @@ def meet(
     dist.init_process_group(
         backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout
     )
+    # The store is rank 0's and ends with it, while others may still read there how to reach each other.
+    # A rank that fails at once would make them fail of a lost connection.
+    dist.all_reduce(torch.zeros(1))
 
 
 def sum_across_ranks(world: World, values: NDArray[Any]) -> NDArray[Any]:
