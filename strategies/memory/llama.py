@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ftlaunch.strategies.memory.architecture import Architecture, TensorSpec
 from ftlaunch.strategies.memory.settings import Settings, head_size
@@ -49,73 +49,37 @@ class _Llama:
     expert_inner: int = 0
 
 
-_QWEN2 = _Llama(
-    vocabulary=151936, inner=22016, kv_heads=32, positions=32768, qkv_bias=True, hidden=4096
+_QWEN2 = _Llama(vocabulary=151936, inner=22016, kv_heads=32, positions=32768, qkv_bias=True)
+_GEMMA = _Llama(
+    vocabulary=256000,
+    hidden=3072,
+    inner=24576,
+    layers=28,
+    heads=16,
+    kv_heads=16,
+    head_dim=256,
+    positions=8192,
+    tied=True,
+    qkv_bias=None,
+    activation="gelu_pytorch_tanh",
 )
+_GEMMA2 = replace(_GEMMA, hidden=2304, inner=9216, layers=26, heads=8, kv_heads=4, norms=4)
 _LLAMAS = {
     "llama": _Llama(qkv_bias=None, mlp_bias=True),
     "mistral": _Llama(inner=14336, kv_heads=8, positions=131072),
     "qwen2": _QWEN2,
-    "qwen3": _Llama(
-        vocabulary=151936,
-        inner=22016,
-        kv_heads=32,
-        head_dim=128,
-        positions=32768,
-        qkv_bias=None,
-        head_norms=True,
-    ),
-    "gemma": _Llama(
-        vocabulary=256000,
-        hidden=3072,
-        inner=24576,
-        layers=28,
-        heads=16,
-        kv_heads=16,
-        head_dim=256,
-        positions=8192,
-        tied=True,
-        qkv_bias=None,
-        activation="gelu_pytorch_tanh",
-    ),
-    "gemma2": _Llama(
-        vocabulary=256000,
-        hidden=2304,
-        inner=9216,
-        layers=26,
-        heads=8,
-        kv_heads=4,
-        head_dim=256,
-        positions=8192,
-        tied=True,
-        qkv_bias=None,
-        norms=4,
-        activation="gelu_pytorch_tanh",
-    ),
-    "gemma3_text": _Llama(
-        vocabulary=262208,
-        hidden=2304,
-        inner=9216,
-        layers=26,
-        heads=8,
-        kv_heads=4,
-        head_dim=256,
-        positions=131072,
-        tied=True,
-        qkv_bias=None,
-        head_norms=True,
-        norms=4,
-        activation="gelu_pytorch_tanh",
-    ),
+    "qwen3": replace(_QWEN2, head_dim=128, qkv_bias=None, head_norms=True),
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA2,
+    "gemma3_text": replace(_GEMMA2, vocabulary=262208, positions=131072, head_norms=True),
     "phi3": _Llama(vocabulary=32064, hidden=3072, inner=8192, positions=4096, joined=True),
     "mixtral": _Llama(inner=14336, kv_heads=8, positions=131072, experts=8, experts_per_token=2),
-    "qwen3_moe": _Llama(
-        vocabulary=151936,
+    "qwen3_moe": replace(
+        _QWEN2,
         hidden=2048,
         inner=6144,
         layers=24,
         kv_heads=4,
-        positions=32768,
         qkv_bias=None,
         head_norms=True,
         experts=128,
