@@ -34,7 +34,8 @@ from ftlaunch.cluster.world import World
 from ftlaunch.launcher.job_memory import with_adapter, without_frozen
 from ftlaunch.strategies.base import Batch, StrategyRequest
 from ftlaunch.strategies.memory.architecture import read_architecture
-from ftlaunch.strategies.memory.estimate import MemoryEstimate, MemoryRequest, estimate
+from ftlaunch.strategies.memory.estimate import MemoryEstimate, estimate
+from ftlaunch.strategies.memory.request import MemoryRequest
 from ftlaunch.strategies.options import JobOptions, LoraOptions, ModelOptions, TrainOptions
 from ftlaunch.strategies.registry import load
 

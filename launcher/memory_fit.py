@@ -9,12 +9,8 @@ from ftlaunch.cluster.machine import Machine
 from ftlaunch.launcher.job_memory import JobMemory
 from ftlaunch.launcher.memory_table import MemoryRow
 from ftlaunch.strategies.memory.buckets import ZeroBuffers
-from ftlaunch.strategies.memory.estimate import (
-    MemoryEstimate,
-    MemoryRequest,
-    estimate,
-    largest_micro_batch,
-)
+from ftlaunch.strategies.memory.estimate import MemoryEstimate, estimate, largest_micro_batch
+from ftlaunch.strategies.memory.request import MemoryRequest
 
 # What is counted on of an accelerator: the driver keeps the rest, and there are holes between tensors. An
 # estimate may err by more, which the first micro-batch shows. Of a host the operating system, tokens in

@@ -10,12 +10,8 @@ from typing import Any
 import pytest
 
 from ftlaunch.strategies.memory.architecture import Architecture, read_architecture
-from ftlaunch.strategies.memory.estimate import (
-    MemoryEstimate,
-    MemoryRequest,
-    estimate,
-    largest_micro_batch,
-)
+from ftlaunch.strategies.memory.estimate import MemoryEstimate, estimate, largest_micro_batch
+from ftlaunch.strategies.memory.request import MemoryRequest
 
 _GIB = 1 << 30
 
