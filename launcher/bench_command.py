@@ -50,7 +50,7 @@ from ftlaunch.launcher.bench_run import CellRun, CellRunner
 from ftlaunch.launcher.config import RunConfig, load_config
 from ftlaunch.launcher.config_fetch import fetch_config
 from ftlaunch.launcher.console import Console
-from ftlaunch.launcher.job import check_input, prepare_demo
+from ftlaunch.launcher.job_input import check_input, prepare_demo
 from ftlaunch.launcher.npus import with_rank_table
 from ftlaunch.launcher.peer_work import check_comparable
 from ftlaunch.launcher.plan import LaunchPlan

@@ -12,7 +12,7 @@ from ftlaunch.cluster.coordinator import Coordinator
 from ftlaunch.cluster.machine import Machine
 from ftlaunch.launcher.bench_cells import Cell, config_of, plan_cell
 from ftlaunch.launcher.config import RunConfig
-from ftlaunch.launcher.job import needed_paths
+from ftlaunch.launcher.job_input import needed_paths
 from ftlaunch.launcher.npus import hccl_variables, with_rank_table
 from ftlaunch.launcher.opening import open_job
 from ftlaunch.launcher.plan import LaunchPlan

@@ -38,7 +38,7 @@ from ftlaunch.launcher.checkup import Checkup, Exchanged, NodeReport
 from ftlaunch.launcher.config import RunConfig, load_config
 from ftlaunch.launcher.console import Console
 from ftlaunch.launcher.exchange_test import prepare_exchange, run_exchange_test
-from ftlaunch.launcher.job import check_input, needed_paths
+from ftlaunch.launcher.job_input import check_input, needed_paths
 from ftlaunch.launcher.job_memory import read_job_memory
 from ftlaunch.launcher.npus import with_rank_table
 from ftlaunch.launcher.plan import LaunchPlan, make_plan

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,6 @@ from ftlaunch.cluster.errors import (
     EXIT_INTERRUPTED,
     EXIT_STOPPED,
     EXIT_USER_MISTAKE,
-    UserError,
 )
 from ftlaunch.cluster.machine import Machine, detect_machine
 from ftlaunch.cluster.verdict import Failure, Verdict
@@ -27,8 +26,10 @@ from ftlaunch.launcher.attempts import Timeline, run_attempts
 from ftlaunch.launcher.config import RunConfig
 from ftlaunch.launcher.config_fetch import fetch_config
 from ftlaunch.launcher.console import Console
-from ftlaunch.launcher.ending import proof_to_json, show_verdict, verdict_json
+from ftlaunch.launcher.ending import show_verdict
+from ftlaunch.launcher.job_input import check_input, keep_input, needed_paths, prepare_demo
 from ftlaunch.launcher.job_memory import JobMemory, read_job_memory
+from ftlaunch.launcher.job_record import JobRecord
 from ftlaunch.launcher.micro_batch import (
     SizeLimit,
     can_halve,
@@ -41,7 +42,7 @@ from ftlaunch.launcher.micro_batch import (
 )
 from ftlaunch.launcher.npus import hccl_variables, with_rank_table
 from ftlaunch.launcher.opening import Opened, open_job
-from ftlaunch.launcher.output_folder import OWN_NAMES, OutputFolder, default_output_dir
+from ftlaunch.launcher.output_folder import OutputFolder, default_output_dir
 from ftlaunch.launcher.plan import LaunchPlan, make_plan
 from ftlaunch.launcher.ranks import PLAN_OF_RANKS, output_label, preparation, rank_starts
 from ftlaunch.launcher.recorder import Recorder
@@ -51,17 +52,14 @@ from ftlaunch.launcher.restarts import Restart, RestartPolicy
 from ftlaunch.launcher.site import Site, find_site, orders_for, ways_to
 from ftlaunch.launcher.startup import StartupClock
 from ftlaunch.strategies.adapter import adapter_folder
-from ftlaunch.strategies.checkpoint.manifest import step_of, write_json
-from ftlaunch.strategies.checkpoint.retention import checkpoint_folders
-from ftlaunch.strategies.data.demo import write_demo
-from ftlaunch.strategies.model_config import check_model_folder, family_of
+from ftlaunch.strategies.checkpoint.manifest import write_json
+from ftlaunch.strategies.model_config import family_of
 from ftlaunch.strategies.progress import (
     Alive,
     DataReady,
     Evaluated,
     Finished,
     Phase,
-    PhaseName,
     Proved,
     Resumed,
     Saved,
@@ -76,31 +74,6 @@ Mode = Literal["train", "eval"]
 _PATIENCE = {"data": 6.0, "model": 3.0, "prove": 3.0, "evaluate": 3.0, "save": 3.0, "train": 3.0}
 
 
-@dataclass(slots=True)
-class _Record:
-    """What the coordinator learns while the ranks work."""
-
-    started: float
-    startup: StartupClock
-    first_step_at: float | None = None
-    data_seconds: float | None = None
-    finished: Finished | None = None
-    progressed: bool = False
-    last_saved_step: int = 0
-    longest_sample: int = 0
-    longest_eval_sample: int = 0
-    phase: PhaseName = "data"
-    proof: Proved | None = None
-    disk_error: OSError | None = None
-    notes: list[str] = field(default_factory=list)
-
-
-def check_input(config: RunConfig, mode: Mode = "train") -> None:
-    """What can be seen to be missing without reading it. UserError."""
-    if not config.is_demo:
-        check_model_folder(config.model, or_adapter=mode == "eval")
-
-
 def run_job(
     config: RunConfig,
     console: Console,
@@ -111,7 +84,7 @@ def run_job(
 ) -> int:
     """Run the job to its end; the exit code. UserError for what the user can mend."""
     timeline = Timeline(time.monotonic())
-    check_input(config, mode)
+    check_input(config, or_adapter=mode == "eval")
     site = find_site(config.cluster, os.environ)
     folder = default_output_dir(config)
     machine = detect_machine(os.environ)
@@ -143,40 +116,6 @@ def run_job(
         return _Job(config, site, folder, console, timeline, mode, machine, rehearsal, memory).run()
 
 
-def needed_paths(config: RunConfig) -> list[str]:
-    """The files and folders that every node has to have."""
-    names = (config.model.name_or_path, config.model.tokenizer, config.data.name_or_path)
-    return [name for name in names if name is not None and Path(name).is_absolute()]
-
-
-def keep_input(config: RunConfig, folder: Path) -> None:
-    """UserError when --overwrite would delete what the job is to be made from."""
-    for name in (config.model.name_or_path, config.model.tokenizer, config.data.name_or_path):
-        inside = name is not None and any(
-            Path(name).is_relative_to(folder / own) for own in OWN_NAMES
-        )
-        if inside:
-            raise UserError(
-                f"--overwrite would delete {name}, which this job needs. Choose another "
-                "--output-dir, or move it elsewhere first."
-            )
-
-
-def prepare_demo(config: RunConfig) -> RunConfig:
-    """The embedded demo: its model and data are made where tokens are cached, once."""
-    from ftlaunch.strategies.data.cache_folder import cache_root, writing_to_cache
-
-    root = cache_root(config.data)
-    folder = root / "demo-1"
-    with writing_to_cache(root):
-        write_demo(folder)
-    return replace(
-        config,
-        model=replace(config.model, name_or_path=str(folder / "model"), random_weights=True),
-        data=replace(config.data, name_or_path=str(folder / "data")),
-    )
-
-
 class _Job:
     """The coordinator's side of one job in its own output folder."""
 
@@ -201,9 +140,8 @@ class _Job:
         self._machine = machine
         self._rehearsal = rehearsal
         self._memory = memory
-        self._stop_signal: str | None = None
         self._limit = SizeLimit()
-        self._record = _Record(
+        self._record = JobRecord(
             started=timeline.started, startup=StartupClock(opened=timeline.started)
         )
         self._policy = RestartPolicy(max_restarts=config.cluster.max_restarts)
@@ -225,7 +163,7 @@ class _Job:
             self._console.plan([*opened.notes, *plan.describe()])
             with Recorder(self._folder) as recorder:
                 outcome, plan = self._attempts(plan, coordinator, recorder)
-                self._stop_signal = coordinator.stop_signal
+                self._record.stop_signal = coordinator.stop_signal
                 return self._finish(plan, outcome, recorder)
 
     def _open(self, coordinator: Coordinator) -> Opened[LaunchPlan] | None:
@@ -265,7 +203,7 @@ class _Job:
         def decide(failure: Failure) -> Restart | None:
             if self._record.disk_error is not None:
                 return None
-            step = self._saved_step()
+            step = self._record.saved_step(self._folder)
             return self._policy.decide(
                 failure,
                 progressed=self._record.progressed,
@@ -417,7 +355,9 @@ class _Job:
         if verdict is not None and verdict.first.cause == "memory" and not self._can_halve(plan):
             title = f"{verdict.first.title}\n{without_memory(plan, self._record.phase)}"
             verdict = replace(verdict, first=replace(verdict.first, title=title))
-        summary = self._summary(plan, outcome, recorder, verdict, code)
+        evaluated = self._mode == "eval" and code == EXIT_DONE
+        predictions = self._folder / "predictions.jsonl" if evaluated else None
+        summary = self._record.summary(plan, outcome, recorder.totals(), verdict, code, predictions)
         # A job that was refused leaves what the folder's own job has written.
         refused = code == EXIT_USER_MISTAKE and self._record.data_seconds is None
         if not (refused and (self._folder / "checkpoints").exists()):
@@ -465,19 +405,9 @@ class _Job:
         codes = {"done": EXIT_DONE, "stopped": EXIT_STOPPED, "interrupted": EXIT_INTERRUPTED}
         return None, codes[outcome.ending]
 
-    def _saved_step(self) -> int:
-        """Of the newest checkpoint; 0 for none. A rank that is lost just then keeps the others from saying
-        that one is whole.
-        """
-        told = self._record.last_saved_step
-        if self._record.first_step_at is None:
-            return told
-        found = [step_of(each) or 0 for each in checkpoint_folders(self._folder / "checkpoints")]
-        return max(told, *found[:1], 0)
-
     def _how_to_go_on(self, done: int) -> str:
         """The last step is not saved if the stop came while the ranks of a failure were ended."""
-        saved = self._saved_step()
+        saved = self._record.saved_step(self._folder)
         if not saved:
             if self._record.first_step_at is None:
                 return "stopped before the first step of this run; run the same command again"
@@ -488,51 +418,3 @@ class _Job:
                 "command to go on from there"
             )
         return f"stopped after step {saved}, saved in {self._folder}; run the same command to go on"
-
-    def _summary(
-        self,
-        plan: LaunchPlan,
-        outcome: Outcome,
-        recorder: Recorder,
-        verdict: Verdict | None,
-        code: int,
-    ) -> dict[str, Any]:
-        record, totals = self._record, recorder.totals()
-        finished = record.finished
-        first = record.first_step_at
-        return {
-            "status": outcome.ending if record.disk_error is None else "failed",
-            "exit_code": code,
-            "stop_signal": self._stop_signal,
-            "strategy": plan.strategy,
-            "precision": plan.precision,
-            "num_nodes": plan.num_nodes,
-            "world_size": plan.world_size,
-            "micro_batch": plan.micro_batch,
-            "max_tokens_per_micro_batch": plan.max_tokens_per_micro_batch,
-            "proof": proof_to_json(record.proof),
-            "optimizer_steps": finished.step if finished else totals.optimizer_steps,
-            "epochs": finished.epoch if finished else totals.epochs,
-            "samples_seen": totals.samples_seen,
-            "tokens_seen": totals.tokens_seen,
-            "padding_fraction": totals.padding_fraction,
-            "overflow_steps": totals.overflow_steps,
-            "restarts": totals.restarts,
-            "startup_seconds": None if first is None else first - record.started,
-            "startup": record.startup.to_json(),
-            "data_seconds": record.data_seconds,
-            "train_seconds": totals.train_seconds,
-            "samples_per_second": totals.samples_per_second,
-            "tokens_per_second": totals.tokens_per_second,
-            "peak_memory_bytes": finished.peak_memory_bytes if finished else None,
-            "eval": dict(finished.metrics if finished else totals.eval),
-            "model_dir": finished.model_dir if finished else None,
-            "failure": verdict_json(verdict),
-            "remarks": list(outcome.remarks),
-            "predictions": self._predictions(code),
-        }
-
-    def _predictions(self, code: int) -> str | None:
-        if self._mode == "train" or code != EXIT_DONE:
-            return None
-        return str(self._folder / "predictions.jsonl")

@@ -22,7 +22,7 @@ from ftlaunch.launcher.batch import run_sealed
 from ftlaunch.launcher.commands import config_of, script_config, script_of
 from ftlaunch.launcher.config import RunConfig
 from ftlaunch.launcher.console import Console
-from ftlaunch.launcher.job import check_input, keep_input
+from ftlaunch.launcher.job_input import check_input, keep_input
 from ftlaunch.launcher.job_state import is_of
 from ftlaunch.launcher.line_log import read_lines
 from ftlaunch.launcher.output_folder import (

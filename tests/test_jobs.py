@@ -12,12 +12,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ftlaunch.launcher import job
+from ftlaunch.launcher.job_record import JobRecord
+from ftlaunch.launcher.startup import StartupClock
 from tests.jobs import (
     SCRIPT,
     agent_processes,
@@ -625,7 +626,9 @@ def test_a_checkpoint_that_nobody_could_tell_of_is_found(tmp_path):
     """A rank was lost when the manifest was there and the ranks had not met again."""
     ended: Any = object.__new__(job._Job)
     ended._folder = tmp_path
-    ended._record = SimpleNamespace(last_saved_step=10, first_step_at=1.0)
+    ended._record = JobRecord(
+        started=0.0, startup=StartupClock(opened=0.0), last_saved_step=10, first_step_at=1.0
+    )
     for step, whole in ((10, True), (20, True), (30, False)):
         folder = tmp_path / "checkpoints" / f"step-{step:08d}"
         folder.mkdir(parents=True)
