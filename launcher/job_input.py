@@ -20,17 +20,13 @@ def check_input(config: RunConfig, *, or_adapter: bool = False) -> None:
 
 def needed_paths(config: RunConfig) -> list[str]:
     """The files and folders that every node has to have."""
-    names = (config.model.name_or_path, config.model.tokenizer, config.data.name_or_path)
-    return [name for name in names if name is not None and Path(name).is_absolute()]
+    return [name for name in _named(config) if Path(name).is_absolute()]
 
 
 def keep_input(config: RunConfig, folder: Path) -> None:
     """UserError when --overwrite would delete what the job is to be made from."""
-    for name in (config.model.name_or_path, config.model.tokenizer, config.data.name_or_path):
-        inside = name is not None and any(
-            Path(name).is_relative_to(folder / own) for own in OWN_NAMES
-        )
-        if inside:
+    for name in _named(config):
+        if any(Path(name).is_relative_to(folder / own) for own in OWN_NAMES):
             raise UserError(
                 f"--overwrite would delete {name}, which this job needs. Choose another "
                 "--output-dir, or move it elsewhere first."
@@ -50,3 +46,8 @@ def prepare_demo(config: RunConfig) -> RunConfig:
         model=replace(config.model, name_or_path=str(folder / "model"), random_weights=True),
         data=replace(config.data, name_or_path=str(folder / "data")),
     )
+
+
+def _named(config: RunConfig) -> list[str]:
+    names = (config.model.name_or_path, config.model.tokenizer, config.data.name_or_path)
+    return [name for name in names if name is not None]

@@ -82,17 +82,14 @@ def zero_phases(
     whole = base + traffic.gathered
     loss = weight + parts.output.work
     left = round(parts.kept * (1 - traffic.filled))
-    exchange = base + min(traffic.gathered, parts.largest) + left + weight
+    # Stage 1 keeps what the backward pass gives whole until its step.
+    whole_gradients = held.gradients if stage == 1 and not request.accumulates else 0
+    exchange = base + min(traffic.gathered, parts.largest) + left + weight + whole_gradients
     exchange += bucket + traffic.copies
-    if stage == 1 and not request.accumulates:
-        exchange += held.gradients
-    optimizer = base + held.stepping
-    if stage == 1 and not request.accumulates:
-        optimizer += held.gradients
     phases = {
         "forward": whole + max(parts.passing, parts.kept + max(traffic.fetched, loss)),
         "backward": whole + parts.left + weight + bucket,
         "exchange": exchange,
-        "optimizer": optimizer,
+        "optimizer": base + held.stepping + whole_gradients,
     }
     return phases, traffic.bucket + traffic.copies + traffic.gathered + traffic.fetched
